@@ -1,0 +1,1 @@
+//! The suites that hold runvm to its promises on real engines.

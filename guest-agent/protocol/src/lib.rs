@@ -1,0 +1,32 @@
+//! The wire between runvm on the host and its agent in the guest.
+//!
+//! There is one channel to a guest, and any number of byte streams on it, each opened by the host for one
+//! of the [`ports`]. Where the machine offers a single serial line, [`mux`] makes streams of it.
+//!
+//! The two ends do not trust each other: whatever is read here has a bound.
+
+pub mod dns;
+pub mod mux;
+pub mod ports;
+
+/// The messages of `proto/agent.proto`.
+#[allow(warnings, reason = "generated")]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The service of `proto/agent.proto`: the client for the host, the trait and the server for the agent.
+#[allow(warnings, reason = "generated")]
+pub mod agent_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
+
+/// The virtio-serial port, as `/sys/class/virtio-ports/*/name` shows it, that carries the channel.
+pub const SERIAL_PORT_NAME: &str = "runvm.agent";
+
+/// The virtio-fs tag of the share.
+pub const SHARE_TAG: &str = "runvm";
+
+/// Where the guest mounts the share. Container `ID` finds its root at `ID/rootfs` below it, its volumes at
+/// `ID/mounts/N`.
+pub const SHARE_MOUNT_POINT: &str = "/run/runvm/share";
