@@ -14,7 +14,7 @@ cache=${RUNVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/runvm}/images
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # What the Debian image has on top of debootstrap's minbase.
-debian_packages=(python3-minimal nodejs iproute2 iptables)
+debian_packages=(python3 nodejs iproute2 iptables)
 
 versions() {
     apt-cache policy "$@" | awk '/^[^ ]/ { name = $1 } /Candidate:/ { print name, $2 }'

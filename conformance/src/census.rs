@@ -1,0 +1,171 @@
+//! What there is on the host, before and after: processes, mounts, links, cgroups, files.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::Cmd;
+use crate::enclosure::cgroup_hierarchies;
+
+/// How long what is ending may take to be gone.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What engines keep under /run between two containers.
+const OF_ENGINES: [&str; 5] = ["/run/rvm", "/run/docker", "/run/containerd", "/run/xtables.lock", "/run/runc"];
+
+/// What runvm may keep under /run between two containers: the answer of its KVM probe,
+/// which holds until the machine boots again, and the folders it lies in.
+const OF_RUNVM: [&str; 1] = ["/run/runvm"];
+
+/// Everything that a container could leave behind.
+#[derive(Debug, Default)]
+pub struct Census(BTreeSet<String>);
+
+impl Census {
+    /// Looks around.
+    pub fn take() -> Result<Self> {
+        let mut found = BTreeSet::new();
+        found.extend(processes()?);
+        found.extend(mounts()?);
+        found.extend(links()?);
+        found.extend(cgroups()?);
+        for root in ["/run", "/tmp", "/dev/shm"] {
+            files(Path::new(root), &mut found);
+        }
+        Ok(Self(found))
+    }
+
+    /// What is there now and was not then.
+    pub fn new_since(&self, before: &Self) -> Vec<String> {
+        self.0.difference(&before.0).cloned().collect()
+    }
+
+    /// Fails if there is more now than there was; what is about to end may end.
+    pub fn expect_nothing_new(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = Self::take()?.new_since(self);
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("left behind:\n{}", left.join("\n"));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// A process that can be seen from here.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its number.
+    pub pid: i32,
+    /// Its parent's number.
+    pub parent: i32,
+    /// The name the kernel has for it.
+    pub name: String,
+    /// Its command line, words separated by blanks.
+    pub line: String,
+}
+
+impl Process {
+    /// All processes of this PID namespace, zombies too.
+    pub fn all() -> Result<Vec<Self>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir("/proc")?.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // A process that ends meanwhile is no process any more.
+            all.extend(Self::read(pid));
+        }
+        Ok(all)
+    }
+
+    fn read(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (start, rest) = stat.rsplit_once(')')?;
+        let name = start.split_once('(')?.1.to_owned();
+        let parent = rest.split_whitespace().nth(1)?.parse().ok()?;
+        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).replace('\0', " ").trim_end().to_owned();
+        Some(Self { pid, parent, name, line })
+    }
+
+    /// Its share of the host's memory, in bytes: pages shared by n processes count 1/n.
+    pub fn pss(&self) -> Option<u64> {
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid)).ok()?;
+        let line = rollup.lines().find(|line| line.starts_with("Pss:"))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    }
+
+    /// This process's descendants among `all`, itself included.
+    pub fn family<'a>(&self, all: &'a [Self]) -> Vec<&'a Self> {
+        let mut family: Vec<&Self> = all.iter().filter(|process| process.pid == self.pid).collect();
+        let mut next = 0;
+        while let Some(parent) = family.get(next).map(|process| process.pid) {
+            family.extend(all.iter().filter(|process| process.parent == parent));
+            next += 1;
+        }
+        family
+    }
+}
+
+fn processes() -> Result<impl Iterator<Item = String>> {
+    let own = rustix::process::getpid().as_raw_nonzero().get();
+    let all = Process::all()?.into_iter().filter(move |process| process.pid != 1 && process.pid != own);
+    Ok(all.map(|process| format!("process {} ({}) {}", process.pid, process.name, process.line)))
+}
+
+/// Mounts of this namespace: bound network namespaces are among them.
+fn mounts() -> Result<Vec<String>> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    Ok(mounts.lines().map(|line| format!("mount {line}")).collect())
+}
+
+fn links() -> Result<Vec<String>> {
+    let output = Cmd::new("ip").args(["-oneline", "link", "show"]).ok()?;
+    let name = |line: &str| Some(line.split(": ").nth(1)?.split('@').next()?.to_owned());
+    Ok(output.stdout.lines().filter_map(name).map(|name| format!("link {name}")).collect())
+}
+
+/// Cgroups below those that the suite gives its engines as parents, and any that carries
+/// our name.
+fn cgroups() -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for hierarchy in cgroup_hierarchies()? {
+        let mut todo = vec![hierarchy.clone()];
+        while let Some(group) = todo.pop() {
+            todo.extend(folders(&group));
+            let Ok(inside) = group.strip_prefix(&hierarchy) else { continue };
+            let depth = inside.components().count();
+            let inside = inside.to_string_lossy();
+            if inside.contains("runvm") || (inside.starts_with("rvm-") && depth > 1) {
+                found.push(format!("cgroup {}", group.display()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn folders(path: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
+}
+
+fn files(folder: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if OF_ENGINES.iter().any(|known| path.starts_with(known)) {
+            continue;
+        }
+        if !OF_RUNVM.iter().any(|known| path == Path::new(known)) {
+            found.insert(format!("file {}", path.display()));
+        }
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files(&path, found);
+        }
+    }
+}

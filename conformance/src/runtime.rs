@@ -1,0 +1,107 @@
+//! The runtimes under test.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::Cmd;
+
+/// A runtime, and for runvm the accelerator it is told to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Runtime {
+    /// The distribution's runc: it judges the tests.
+    Runc,
+    /// runvm on the machine's KVM.
+    Kvm,
+    /// runvm on QEMU's emulation.
+    Tcg,
+}
+
+impl Runtime {
+    /// All of them, the judge first.
+    pub const ALL: [Self; 3] = [Self::Runc, Self::Kvm, Self::Tcg];
+
+    /// The name under which engines know it and the suites report on it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Kvm => "runvm-kvm",
+            Self::Tcg => "runvm-tcg",
+        }
+    }
+
+    /// The program.
+    pub fn program(self) -> PathBuf {
+        match self {
+            Self::Runc => PathBuf::from("/usr/sbin/runc"),
+            Self::Kvm | Self::Tcg => dist().join("bin/runvm"),
+        }
+    }
+
+    /// The options that come before the verb.
+    pub fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::Runc => &[],
+            Self::Kvm => &["--accel", "kvm"],
+            Self::Tcg => &["--accel", "tcg"],
+        }
+    }
+
+    /// Whether this is runc.
+    pub fn is_runc(self) -> bool {
+        self == Self::Runc
+    }
+}
+
+/// The folder that `make build` lays out like an install prefix.
+pub fn dist() -> PathBuf {
+    let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/dist");
+    let dist = std::env::var_os("RUNVM_DIST").map_or_else(default, PathBuf::from);
+    std::fs::canonicalize(&dist).unwrap_or(dist)
+}
+
+/// What of runvm this machine can be held to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Available {
+    /// runvm on KVM.
+    pub kvm: bool,
+    /// runvm on TCG.
+    pub tcg: bool,
+}
+
+impl Available {
+    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set.
+    pub fn find() -> Result<Self> {
+        if std::env::var_os("RUNVM_ONLY_RUNC").is_some_and(|value| value != "0") {
+            return Ok(Self::default());
+        }
+        let program = Runtime::Kvm.program();
+        if !program.exists() {
+            bail!("there is no {}: run `make build`, or set RUNVM_DIST or RUNVM_ONLY_RUNC=1", program.display());
+        }
+        Ok(Self { kvm: accelerator(&program)?.starts_with("kvm"), tcg: true })
+    }
+
+    /// Whether `runtime` can run here.
+    pub fn has(self, runtime: Runtime) -> bool {
+        match runtime {
+            Runtime::Runc => true,
+            Runtime::Kvm => self.kvm,
+            Runtime::Tcg => self.tcg,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Check {
+    accelerator: Option<String>,
+}
+
+/// What runvm would choose by itself; empty when it finds nothing.
+fn accelerator(program: &Path) -> Result<String> {
+    let output = Cmd::new(program).args(["check", "--json"]).run()?;
+    let check: Check = serde_json::from_str(&output.stdout)
+        .with_context(|| format!("`runvm check --json` printed no JSON:\n{}{}", output.stdout, output.stderr))?;
+    Ok(check.accelerator.unwrap_or_default())
+}

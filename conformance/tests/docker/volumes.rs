@@ -1,0 +1,211 @@
+//! Files of the host, and file systems of the container's own.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use anyhow::{Result, ensure};
+use conformance::docker::Docker;
+use conformance::suite::expect_equal;
+use conformance::{Case, Outcome, case};
+
+pub(crate) fn cases() -> Vec<Case<Docker>> {
+    vec![
+        case!(a_folder_is_shared_both_ways).tcg(),
+        case!(a_change_on_the_host_is_seen_inside),
+        case!(a_file_is_shared_both_ways),
+        case!(a_read_only_folder_cannot_be_written),
+        case!(a_read_only_file_cannot_be_written),
+        case!(owners_modes_and_links_are_kept),
+        case!(a_big_file_arrives_whole),
+        case!(a_volume_outlives_its_container),
+        case!(a_volume_begins_with_the_images_files),
+        case!(volumes_of_another_container),
+        case!(a_tmpfs_has_its_size_and_options),
+        case!(a_read_only_root_cannot_be_written),
+        case!(a_mount_inside_a_mount),
+        case!(the_engines_own_files_are_there),
+        case!(writes_of_a_mapped_file_arrive),
+        case!(renames_locks_and_sockets_work),
+    ]
+}
+
+fn a_folder_is_shared_both_ways(d: &Docker) -> Result<Outcome> {
+    d.file("from-host", "from the host\n")?;
+    let folder = d.folder()?;
+    let options = format!("--volume {}:/shared", folder.display());
+    let output =
+        d.sh(&options, "cat /shared/from-host; echo from inside >/shared/from-inside; mkdir /shared/a").run()?;
+    expect_equal("inside", output.text(), "from the host")?;
+    expect_equal("outside", std::fs::read_to_string(folder.join("from-inside"))?.as_str(), "from inside\n")?;
+    ensure!(folder.join("a").is_dir(), "the folder made inside is not there outside");
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_change_on_the_host_is_seen_inside(d: &Docker) -> Result<Outcome> {
+    let path = d.file("changing", "first\n")?;
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let container = d.start("", &["true"])?;
+    container.wait()?;
+    let container = d.start_sh(
+        &options,
+        "cat /shared/changing; until [ -e /shared/go ]; do sleep 0.1; done; cat /shared/changing",
+    )?;
+    container.expect_log("first")?;
+    std::fs::write(path, "second, and longer\n")?;
+    d.file("go", "")?;
+    let code = container.wait()?;
+    let logs = container.docker("logs").ok()?;
+    expect_equal("the log", logs.text(), "first\nsecond, and longer")?;
+    Ok(Outcome::new().see("code", code).see_output("logs", &logs))
+}
+
+fn a_file_is_shared_both_ways(d: &Docker) -> Result<Outcome> {
+    let path = d.file("file", "from the host\n")?;
+    let output = d
+        .sh(&format!("--volume {path}:/etc/one.conf"), "cat /etc/one.conf; echo more >>/etc/one.conf; ls /etc/passwd")
+        .run()?;
+    expect_equal("inside", output.text(), "from the host\n/etc/passwd")?;
+    let content = std::fs::read_to_string(path)?;
+    expect_equal("outside", content.as_str(), "from the host\nmore\n")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_read_only_folder_cannot_be_written(d: &Docker) -> Result<Outcome> {
+    d.file("kept", "kept\n")?;
+    let options = format!("--volume {}:/shared:ro", d.folder()?.display());
+    let output = d
+        .sh(&options, "cat /shared/kept; echo x >/shared/new; echo x >/shared/kept; rm /shared/kept; mkdir /shared/d")
+        .run()?;
+    ensure!(output.stderr.matches("Read-only file system").count() == 4, "a write went through: {}", output.stderr);
+    expect_equal("the file", std::fs::read_to_string(d.folder()?.join("kept"))?.as_str(), "kept\n")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_read_only_file_cannot_be_written(d: &Docker) -> Result<Outcome> {
+    let path = d.file("file", "kept\n")?;
+    let output = d.sh(&format!("--volume {path}:/file:ro"), "cat /file; echo x >/file").run()?;
+    ensure!(output.stderr.contains("Read-only file system"), "the write went through: {}", output.stderr);
+    expect_equal("the file", std::fs::read_to_string(path)?.as_str(), "kept\n")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn owners_modes_and_links_are_kept(d: &Docker) -> Result<Outcome> {
+    let folder = d.folder()?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o777))?;
+    d.file("private", "secret\n")?;
+    std::fs::set_permissions(folder.join("private"), std::fs::Permissions::from_mode(0o600))?;
+    let script = "cat /s/private; echo mine >/s/mine; chmod 640 /s/mine; ln -s mine /s/link; ln /s/mine /s/hard; mkfifo /s/fifo; stat -c '%n %a %u %g %h %F' /s/*";
+    let output = d.sh(&format!("--user 1000:50 --volume {}:/s", folder.display()), script).run()?;
+    ensure!(output.stderr.contains("Permission denied"), "another's private file was read: {}", output.stdout);
+    let mine = std::fs::metadata(folder.join("mine"))?;
+    expect_equal("owner", (mine.uid(), mine.gid(), mine.mode() & 0o7777, mine.nlink()), (1000, 50, 0o640, 2))?;
+    expect_equal("link", std::fs::read_link(folder.join("link"))?.as_path(), std::path::Path::new("mine"))?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_big_file_arrives_whole(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let script = "head -c 100m /dev/urandom >/shared/big; sync; sha256sum </shared/big";
+    let inside = d.sh(&options, script).ok()?;
+    let outside = conformance::Cmd::new("sha256sum").arg(d.folder()?.join("big")).ok()?;
+    expect_equal("sum", inside.text().split(' ').next(), outside.text().split(' ').next())?;
+    Ok(Outcome::new().see("exit", inside.code))
+}
+
+fn a_volume_outlives_its_container(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/data", d.volume()?);
+    d.sh(&options, "echo kept >/data/file").ok()?;
+    let output = d.sh(&options, "cat /data/file").run()?;
+    expect_equal("output", output.text(), "kept")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_volume_begins_with_the_images_files(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/etc", d.volume()?);
+    let output = d.sh(&options, "grep -c root /etc/passwd; echo x >/etc/new && ls /etc").run()?;
+    ensure!(output.stdout.contains("passwd"), "the image's files are not there: {}", output.stdout);
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn volumes_of_another_container(d: &Docker) -> Result<Outcome> {
+    let first = d.start_sh("--volume /data", "echo one >/data/file")?;
+    first.wait()?;
+    let output = d.run(&format!("--volumes-from {}", first.id), &["cat", "/data/file"]).run()?;
+    expect_equal("output", output.text(), "one")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_tmpfs_has_its_size_and_options(d: &Docker) -> Result<Outcome> {
+    let script = "df -k /scratch | tail -n 1 | awk '{ print $1, $2 }'; stat -c %a /scratch;
+                  grep ' /scratch ' /proc/mounts | tr ' ,' '\\n\\n' | grep -E '^(no|rw|ro|size)';
+                  cp /bin/busybox /scratch/true; /scratch/true; dd if=/dev/zero of=/scratch/big bs=1M count=20 2>&1 | grep -o 'No space.*'";
+    let output = d.sh("--tmpfs /scratch:size=8m,mode=1770,noexec", script).run()?;
+    ensure!(output.stdout.contains("No space"), "the size does not hold: {}", output.stdout);
+    ensure!(output.stderr.contains("Permission denied"), "noexec does not hold: {}", output.stderr);
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_read_only_root_cannot_be_written(d: &Docker) -> Result<Outcome> {
+    let script = "echo x >/new; echo x >/etc/passwd; echo x >/tmp/x && cat /tmp/x; echo x >/dev/shm/x && echo shm; cat /etc/hostname | wc -l";
+    let output = d.sh("--read-only --tmpfs /tmp", script).run()?;
+    ensure!(output.stderr.matches("Read-only file system").count() == 2, "a write went through: {}", output.stderr);
+    expect_equal("where writing is allowed", output.text(), "x\nshm\n1")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_mount_inside_a_mount(d: &Docker) -> Result<Outcome> {
+    let outer = d.folder()?.join("outer");
+    let inner = d.folder()?.join("inner");
+    for (folder, content) in [(&outer, "outer\n"), (&inner, "inner\n")] {
+        std::fs::create_dir(folder)?;
+        std::fs::write(folder.join("file"), content)?;
+    }
+    std::fs::create_dir(outer.join("sub"))?;
+    let options = format!("--volume {}:/m:ro --volume {}:/m/sub", outer.display(), inner.display());
+    let output = d.sh(&options, "cat /m/file /m/sub/file; echo x >/m/sub/new; echo x >/m/new").run()?;
+    ensure!(inner.join("new").exists() && !outer.join("new").exists(), "the mounts are mixed up");
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn the_engines_own_files_are_there(d: &Docker) -> Result<Outcome> {
+    let script = "cat /etc/hostname; tail -n 1 /etc/hosts | tr '\\t' ' ' | cut -d ' ' -f 2-; grep -v '^#' /etc/resolv.conf; grep other /etc/hosts";
+    let output = d.sh("--hostname named --add-host other:192.0.2.77 --dns-search rvm.example", script).run()?;
+    ensure!(output.stdout.starts_with("named\n"), "no host name: {}", output.stdout);
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn writes_of_a_mapped_file_arrive(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let script = "
+import mmap
+with open('/shared/mapped', 'w+b') as f:
+    f.truncate(8192)
+    with mmap.mmap(f.fileno(), 8192) as m:
+        m[4096:4101] = b'there'
+        m.flush()
+print('done')";
+    let output = d.run_debian(&options, &["python3", "-c", script])?.run()?;
+    let content = std::fs::read(d.folder()?.join("mapped")).unwrap_or_default();
+    ensure!(content.len() == 8192 && &content[4096..4101] == b"there", "the host does not see it: {}", output.stderr);
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn renames_locks_and_sockets_work(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let script = "
+import fcntl, os, socket
+os.chdir('/shared')
+open('old', 'w').write('x'); open('new', 'w').write('y')
+os.rename('old', 'new'); print(open('new').read(), sorted(os.listdir()))
+first, second = open('new'), open('new')
+fcntl.flock(first, fcntl.LOCK_EX)
+try: fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError as e: print('locked:', e.strerror)
+server = socket.socket(socket.AF_UNIX); server.bind('sock'); server.listen()
+client = socket.socket(socket.AF_UNIX); client.connect('sock'); print('connected')
+f = open('gone', 'w+'); os.unlink('gone'); f.write('still'); f.seek(0); print(f.read())
+os.setxattr('new', 'user.name', b'value'); print(os.getxattr('new', 'user.name'))
+os.posix_fallocate(os.open('new', os.O_RDWR), 0, 10000); print(os.stat('new').st_size)";
+    let output = d.run_debian(&options, &["python3", "-c", script])?.run()?;
+    ensure!(output.stdout.contains("connected\nstill"), "{}{}", output.stdout, output.stderr);
+    Ok(Outcome::new().see_output("run", &output))
+}
