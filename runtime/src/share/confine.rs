@@ -1,0 +1,66 @@
+//! What the daemon gives up before it reads a byte of the guest's.
+//!
+//! A guest owns its kernel, so it speaks FUSE to this process as it likes, as any user it likes: it can do to the exports
+//! what root can do to files there, and must not get further. Left to the process are the mount namespace of the
+//! share, the capabilities of [`KEPT`] and the system calls of virtiofsd's filter.
+
+use std::os::fd::OwnedFd;
+
+use nix::libc;
+use nix::sys::resource::{Resource, setrlimit};
+use rustix::process::Signal;
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
+
+use super::SetupError;
+use super::tree::step;
+
+/// To make files for the guest's users with the guest's modes. Not `DAC_READ_SEARCH`: with it a process that was
+/// taken over could open any file of an exported file system by its handle, past the walls of the mount namespace.
+const KEPT: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
+
+/// Dies with the parent, and closes what came from it: first, so that there is nothing to lose.
+/// Returns what was stdin.
+pub(super) fn begin() -> Result<OwnedFd, SetupError> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(step("tie the process to its parent"))?;
+    // SAFETY: nothing in this process holds a descriptor above stderr yet.
+    if unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } != 0 {
+        return Err(step("close inherited descriptors")(std::io::Error::last_os_error()));
+    }
+    let control = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(step("take stdin"))?;
+    let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
+    null.and_then(rustix::stdio::dup2_stdin).map_err(step("open /dev/null"))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
+    Ok(control)
+}
+
+/// Gives up what is left. Threads that are to be confined start after this.
+pub(super) fn finish() -> Result<(), SetupError> {
+    drop_capabilities().map_err(step("drop capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))?;
+    enable_seccomp(SeccompAction::Kill, false).map_err(|error| SetupError::Serve(error.to_string()))
+}
+
+fn drop_capabilities() -> rustix::io::Result<()> {
+    rustix::thread::clear_ambient_capability_set()?;
+    for capability in CapabilitySet::all().difference(KEPT).iter() {
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            // One that this kernel does not know, or that the caller's own bounds have taken already.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    let kept = rustix::thread::capabilities(None)?.permitted & KEPT;
+    rustix::thread::set_capabilities(
+        None,
+        CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },
+    )
+}
