@@ -1,0 +1,92 @@
+//! Ties a tap to an interface: what arrives on one leaves by the other.
+//!
+//! The [`rules`](super::rules) act on what both devices receive, before the namespace's own kernel sees a frame: so
+//! it never answers for the addresses that are still on the interface. The guest does.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use nix::libc;
+use rtnetlink::LinkUnspec;
+
+use super::{Interface, NetworkError, namespace, netlink, rules};
+
+/// What our taps' names begin with.
+pub(super) const TAP_PREFIX: &str = "rvmtap";
+
+/// The device's end that the VMM reads and writes. The device lasts as long as this is open.
+#[derive(Debug)]
+pub struct Tap {
+    /// Non-blocking, each frame behind a `virtio_net_hdr`; its size and the offloads are the VMM's to set.
+    pub fd: OwnedFd,
+    /// In the namespace.
+    pub name: String,
+    /// What the guest's device is to have.
+    pub mac: [u8; 6],
+}
+
+/// Makes a tap that stands for an interface.
+///
+/// # Errors
+/// Where there is no /dev/net/tun, or the kernel lacks the ingress queueing discipline, the `u32` classifier or the
+/// `mirred` action.
+pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
+    let (fd, name) = open_tap().map_err(NetworkError::system("open a tap by /dev/net/tun"))?;
+    // The namespace's kernel must not speak on the tap: the guest would hear a stranger.
+    let quiet = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    match fs::write(&quiet, "1") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(NetworkError::system(format!("write {quiet}"))(error));
+        }
+        _ => {}
+    }
+    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None)
+        .map_err(NetworkError::system("open a socket"))?;
+    let index =
+        rustix::net::netdevice::name_to_index(&socket, &name).map_err(NetworkError::system(format!("find {name}")))?;
+
+    let netlink = netlink()?;
+    let up = LinkUnspec::new_with_index(index).mtu(interface.mtu).up().build();
+    netlink.link().set(up).execute().await.map_err(NetworkError::netlink(format!("bring up {name}")))?;
+
+    let redirect = async |from, to, name: &str| {
+        rules::redirect(&netlink, from, to)
+            .await
+            .map_err(NetworkError::netlink(format!("redirect what {name} receives")))
+    };
+    redirect(interface.index, index, &interface.name).await?;
+    redirect(index, interface.index, &name).await?;
+    if namespace::has_resolver()? {
+        namespace::restrict_ports(rules::OWN_PORTS)?;
+        rules::spare_resolver(&netlink, interface.index, index)
+            .await
+            .map_err(NetworkError::netlink(format!("leave the resolver its answers on {}", interface.name)))?;
+    }
+    Ok(Tap { fd, name, mac: interface.mac })
+}
+
+fn open_tap() -> io::Result<(OwnedFd, String)> {
+    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    // SAFETY: a plain C structure of integers, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let pattern = format!("{TAP_PREFIX}%d");
+    for (to, from) in request.ifr_name.iter_mut().zip(pattern.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(io::Error::other)?;
+    set_interface(&file, &mut request)?;
+    let name = request.ifr_name.iter().take_while(|&&byte| byte != 0).map(|byte| char::from(byte.cast_unsigned()));
+    let name = name.collect();
+    Ok((file.into(), name))
+}
+
+fn set_interface(file: &File, request: &mut libc::ifreq) -> io::Result<()> {
+    // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which `request` is.
+    match unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,205 @@
+//! What the engine put into the network namespace, handed on to the guest.
+//!
+//! An engine gives a container interfaces, addresses and routes in a network namespace. The guest cannot enter it,
+//! so [`scan`] reads what is there, each interface gets a tap whose frames are exchanged with the interface's own
+//! ([`attach`]), and the guest gets the same MAC addresses, IP addresses, routes and neighbours on its end of the
+//! taps. From outside nothing can be told from a container in the namespace.
+//!
+//! Everything here works on the network namespace that the calling thread is in ([`namespace`]) and leaves
+//! nothing behind: a tap goes with its descriptor, the rules of an interface with the namespace. What the engine
+//! serves inside the namespace stays there and is reached through [`dns`].
+
+mod attach;
+pub mod dns;
+pub mod namespace;
+mod rules;
+mod scan;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::IpAddr;
+
+use runvm_protocol::agent;
+
+pub use attach::{Tap, attach};
+pub use scan::scan;
+
+/// What is to be the guest's network.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    /// In the order in which they came into the namespace.
+    pub interfaces: Vec<Interface>,
+    /// Those that the guest's kernel does not make by itself; each after those that its gateway needs.
+    pub routes: Vec<Route>,
+    /// The permanent ones.
+    pub neighbours: Vec<Neighbour>,
+}
+
+/// An Ethernet interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// In the namespace.
+    pub index: u32,
+    /// As in the namespace.
+    pub name: String,
+    /// As in the namespace.
+    pub mac: [u8; 6],
+    /// As in the namespace.
+    pub mtu: u32,
+    /// Without those that a kernel makes of the MAC address.
+    pub addresses: Vec<Prefix>,
+    /// Whether IPv6 is enabled on it.
+    pub ipv6: bool,
+}
+
+/// An address and how many of its bits name the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// All of its bits count, or those of the network only.
+    pub ip: IpAddr,
+    /// 0 to 32, or to 128.
+    pub length: u8,
+}
+
+/// A route of the main table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Length zero is the default route.
+    pub destination: Prefix,
+    /// None where the destination is on the link.
+    pub gateway: Option<IpAddr>,
+    /// The interface's name.
+    pub device: String,
+    /// The address that packets go out with.
+    pub source: Option<IpAddr>,
+    /// As in rtnetlink(7).
+    pub scope: u8,
+    /// Lower wins; 0 is IPv4's default.
+    pub metric: u32,
+    /// The gateway is reached on the link, whatever the addresses say.
+    pub onlink: bool,
+}
+
+/// A permanent entry of the neighbour table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The neighbour.
+    pub ip: IpAddr,
+    /// Where it is.
+    pub mac: [u8; 6],
+    /// The interface's name.
+    pub device: String,
+}
+
+/// What can go wrong between a network namespace and a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// Netlink did not work as it should.
+    #[error("cannot {action}")]
+    Netlink {
+        /// What was asked, completing "cannot …".
+        action: String,
+        /// What happened.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// The kernel refused.
+    #[error("cannot {action}")]
+    System {
+        /// What was asked, completing "cannot …".
+        action: String,
+        /// The answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl NetworkError {
+    fn netlink(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
+        move |error| match error {
+            rtnetlink::Error::NetlinkError(refusal) => Self::System { action: action.into(), source: refusal.to_io() },
+            source => Self::Netlink { action: action.into(), source },
+        }
+    }
+
+    fn system<E: Into<io::Error>>(action: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { action: action.into(), source: source.into() }
+    }
+}
+
+/// A netlink socket in the calling thread's network namespace.
+fn netlink() -> Result<rtnetlink::Handle, NetworkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::system("open a netlink socket"))?;
+    // Ends when the last handle is gone.
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+impl From<&Network> for agent::ConfigureNetworkRequest {
+    fn from(network: &Network) -> Self {
+        Self {
+            interfaces: network.interfaces.iter().map(Into::into).collect(),
+            routes: network.routes.iter().map(Into::into).collect(),
+            neighbours: network.neighbours.iter().map(Into::into).collect(),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<&Interface> for agent::Interface {
+    fn from(interface: &Interface) -> Self {
+        Self {
+            mac: interface.mac.to_vec(),
+            name: interface.name.clone(),
+            mtu: interface.mtu,
+            addresses: interface
+                .addresses
+                .iter()
+                .map(|address| agent::Address {
+                    ip: octets(address.ip),
+                    prefix_length: address.length.into(),
+                    ..agent::Address::default()
+                })
+                .collect(),
+            ipv6: interface.ipv6,
+            ..Self::default()
+        }
+    }
+}
+
+impl From<&Route> for agent::Route {
+    fn from(route: &Route) -> Self {
+        let destination = route.destination;
+        Self {
+            destination: if destination.length == 0 { Vec::new() } else { octets(destination.ip) },
+            prefix_length: destination.length.into(),
+            gateway: route.gateway.map(octets).unwrap_or_default(),
+            device: route.device.clone(),
+            source: route.source.map(octets).unwrap_or_default(),
+            scope: route.scope.into(),
+            metric: route.metric,
+            ipv6: destination.ip.is_ipv6(),
+            onlink: route.onlink,
+            ..Self::default()
+        }
+    }
+}
+
+impl From<&Neighbour> for agent::Neighbour {
+    fn from(neighbour: &Neighbour) -> Self {
+        Self {
+            ip: octets(neighbour.ip),
+            mac: neighbour.mac.to_vec(),
+            device: neighbour.device.clone(),
+            ..Self::default()
+        }
+    }
+}
+
+fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
