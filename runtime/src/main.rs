@@ -1,1 +1,7 @@
-fn main() {}
+//! The `runvm` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    runvm::cli::main()
+}

@@ -22,11 +22,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 ///
 /// # Errors
 /// Those of the stream, and `InvalidData` for what is not a look-up.
-pub async fn relay(stream: impl AsyncRead + AsyncWrite) -> io::Result<()> {
+pub async fn relay(stream: impl AsyncRead + AsyncWrite + Send) -> io::Result<()> {
     relay_to(SocketAddrV4::new(RESOLVER, PORT), stream).await
 }
 
-async fn relay_to(resolver: SocketAddrV4, stream: impl AsyncRead + AsyncWrite) -> io::Result<()> {
+async fn relay_to(resolver: SocketAddrV4, stream: impl AsyncRead + AsyncWrite + Send) -> io::Result<()> {
     let (reader, writer) = tokio::io::split(stream);
     let (reader, mut writer) = (Box::pin(reader), Box::pin(writer));
     let queries = stream::unfold(reader, |mut reader| async {
@@ -36,7 +36,7 @@ async fn relay_to(resolver: SocketAddrV4, stream: impl AsyncRead + AsyncWrite) -
     let mut answers = queries
         .map(async |query| Ok::<_, io::Error>(answer(resolver, query?).await))
         .buffer_unordered(MAX_IN_FLIGHT)
-        .boxed_local();
+        .boxed();
     while let Some(answer) = answers.next().await {
         answer?.write(&mut writer).await?;
     }

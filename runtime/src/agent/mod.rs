@@ -1,0 +1,247 @@
+//! The host's end of the channel to a guest's agent.
+//!
+//! The guest is hostile: each answer is waited for with a bound, and what it says is passed on as data only.
+
+mod stdio;
+mod tunnel;
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use runvm_protocol::agent::{self as wire, ProcessRequest};
+use runvm_protocol::agent_ttrpc::AgentClient;
+use runvm_protocol::ports;
+use thiserror::Error;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{self, Context};
+
+use crate::vmm::{ByteStream, Channel};
+
+pub use stdio::{Descriptors, Relay};
+pub use tunnel::{MonitorSocket, serve as serve_tunnel};
+
+/// How long a guest may take for an answer, except to the question when a process ends.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// The longest sentence of a guest that is passed on, in bytes.
+const MAX_SENTENCE: usize = 4096;
+
+/// Why the agent did not do what it was asked.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// It said why.
+    #[error("{message}")]
+    Refused {
+        /// The kind, by ttrpc's codes.
+        code: ttrpc::Code,
+        /// Its sentence.
+        message: String,
+    },
+    /// It did not answer.
+    #[error("the guest does not answer (request {request}, waited {} s): its VM hangs or was overloaded", ANSWER_LIMIT.as_secs())]
+    Silent {
+        /// The method.
+        request: &'static str,
+    },
+    /// The channel is gone.
+    #[error("the channel to the guest is closed")]
+    Channel(#[source] io::Error),
+}
+
+impl AgentError {
+    /// Whether what was asked for is not there, a process that has ended above all.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { code: ttrpc::Code::NOT_FOUND, .. })
+    }
+
+    fn from_ttrpc(error: ttrpc::Error, request: &'static str) -> Self {
+        match error {
+            ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
+                Self::Silent { request }
+            }
+            ttrpc::Error::RpcStatus(status) => {
+                let mut message = status.message().replace(char::is_control, " ");
+                message.truncate(message.floor_char_boundary(MAX_SENTENCE));
+                Self::Refused { code: status.code(), message }
+            }
+            other => Self::Channel(io::Error::other(other.to_string())),
+        }
+    }
+}
+
+type Result<T> = std::result::Result<T, AgentError>;
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub struct Agent {
+    channel: Arc<dyn Channel>,
+    client: AgentClient,
+}
+
+/// How a process of the guest ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// 0 to 255; 128 and more for a signal.
+    pub status: u8,
+    /// The guest's kernel killed a process of the container for want of memory.
+    pub oom_killed: bool,
+}
+
+impl Agent {
+    /// Connects for control. This returns before the agent has shown that it is there; the first call does.
+    ///
+    /// # Errors
+    /// [`AgentError::Channel`].
+    pub async fn connect(channel: Arc<dyn Channel>) -> Result<Self> {
+        let stream = open(&*channel, ports::CONTROL).await?;
+        let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
+        Ok(Self { channel, client })
+    }
+
+    /// Opens a stream for one of the [`ports`].
+    ///
+    /// # Errors
+    /// [`AgentError::Channel`].
+    pub async fn open(&self, port: u32) -> Result<ByteStream> {
+        open(&*self.channel, port).await
+    }
+
+    /// Opens a stream that a later request names by `key`.
+    ///
+    /// # Errors
+    /// [`AgentError::Channel`]; [`AgentError::Silent`] where the agent does not take it in time.
+    pub async fn open_stdio(&self, key: &str) -> Result<ByteStream> {
+        let opening = async {
+            let mut stream = self.open(ports::STDIO).await?;
+            ports::name_stdio(&mut stream, key).await.map_err(AgentError::Channel)?;
+            Ok(stream)
+        };
+        match tokio::time::timeout(ANSWER_LIMIT, opening).await {
+            Ok(stream) => stream,
+            Err(_) => Err(AgentError::Silent { request: "stdio" }),
+        }
+    }
+
+    /// Prepares the guest; the first thing it is asked.
+    ///
+    /// # Errors
+    /// [`AgentError`], as for all that follow.
+    pub async fn configure_sandbox(&self, request: wire::ConfigureSandboxRequest) -> Result<()> {
+        ask("ConfigureSandbox", self.client.configure_sandbox(limited(), &request)).await.map(drop)
+    }
+
+    /// Sets up the guest's network.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn configure_network(&self, request: wire::ConfigureNetworkRequest) -> Result<()> {
+        ask("ConfigureNetwork", self.client.configure_network(limited(), &request)).await.map(drop)
+    }
+
+    /// Creates a container up to the point where only its program is left to run.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn create_container(&self, request: wire::CreateContainerRequest) -> Result<()> {
+        ask("CreateContainer", self.client.create_container(limited(), &request)).await.map(drop)
+    }
+
+    /// Runs a created container's program.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        ask("StartContainer", self.client.start_container(limited(), &container(id))).await.map(drop)
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn pause_container(&self, id: &str) -> Result<()> {
+        ask("PauseContainer", self.client.pause_container(limited(), &container(id))).await.map(drop)
+    }
+
+    /// Lets a frozen container go on.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resume_container(&self, id: &str) -> Result<()> {
+        ask("ResumeContainer", self.client.resume_container(limited(), &container(id))).await.map(drop)
+    }
+
+    /// Runs a further process in a container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn exec_process(&self, request: wire::ExecProcessRequest) -> Result<()> {
+        ask("ExecProcess", self.client.exec_process(limited(), &request)).await.map(drop)
+    }
+
+    /// Sends a signal to a process: the container's first one where `exec_id` is empty; to every process of the
+    /// container with `all`.
+    ///
+    /// # Errors
+    /// [`AgentError`]; [`AgentError::is_not_found`] where it has ended.
+    pub async fn signal_process(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+        let request = wire::SignalProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        ask("SignalProcess", self.client.signal_process(limited(), &request)).await.map(drop)
+    }
+
+    /// Tells a process's terminal its size.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resize_terminal(&self, id: &str, exec_id: &str, rows: u16, columns: u16) -> Result<()> {
+        let request = wire::ResizeTerminalRequest {
+            container_id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            rows: rows.into(),
+            columns: columns.into(),
+            ..Default::default()
+        };
+        ask("ResizeTerminal", self.client.resize_terminal(limited(), &request)).await.map(drop)
+    }
+
+    /// Waits, without a bound, until a process has ended and its output was handed over.
+    ///
+    /// # Errors
+    /// [`AgentError`]; the channel's end when the VM ends.
+    pub async fn wait_process(&self, id: &str, exec_id: &str) -> Result<Exit> {
+        let request = ProcessRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+        let waiting = self.client.wait_process(context::with_timeout(0), &request).await;
+        let response = waiting.map_err(|error| AgentError::from_ttrpc(error, "WaitProcess"))?;
+        // A status beyond a byte is no status: only a hostile agent sends it.
+        let status = u8::try_from(response.exit_status).unwrap_or(u8::MAX);
+        Ok(Exit { status, oom_killed: response.oom_killed })
+    }
+}
+
+fn container(id: &str) -> wire::ContainerRequest {
+    wire::ContainerRequest { container_id: id.to_owned(), ..Default::default() }
+}
+
+fn limited() -> Context {
+    context::with_duration(ANSWER_LIMIT)
+}
+
+/// ttrpc bounds an answer's arrival; the send that comes first is bounded here too.
+async fn ask<T>(request: &'static str, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
+    match tokio::time::timeout(ANSWER_LIMIT, answer).await {
+        Ok(answer) => answer.map_err(|error| AgentError::from_ttrpc(error, request)),
+        Err(_) => Err(AgentError::Silent { request }),
+    }
+}
+
+async fn open(channel: &dyn Channel, port: u32) -> Result<ByteStream> {
+    let mut stream = channel.open().await.map_err(AgentError::Channel)?;
+    ports::announce(&mut stream, port).await.map_err(AgentError::Channel)?;
+    Ok(stream)
+}

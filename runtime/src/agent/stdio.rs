@@ -1,0 +1,173 @@
+//! A guest process's stdio, joined to descriptors of the host: one stream each, never a request.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use runvm_protocol::agent as wire;
+use tokio::fs::File;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::task::JoinSet;
+
+use super::{Agent, AgentError};
+use crate::host::terminal::{self, Size};
+use crate::vmm::ByteStream;
+
+/// How much is read and written at once, in bytes.
+const PIECE: usize = 128 * 1024;
+
+/// The host's side of a process's stdio.
+#[derive(Debug)]
+pub struct Descriptors {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    size: Size,
+}
+
+impl Descriptors {
+    /// The stdio of this process. `/dev/null` is left out: the guest has its own.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn inherited(terminal: bool) -> io::Result<Self> {
+        let duplicate = |descriptor: &dyn AsFd| -> io::Result<Option<OwnedFd>> {
+            match is_null(descriptor.as_fd()) {
+                true => Ok(None),
+                false => descriptor.as_fd().try_clone_to_owned().map(Some),
+            }
+        };
+        Ok(Self {
+            stdin: duplicate(&io::stdin())?,
+            stdout: duplicate(&io::stdout())?,
+            // A terminal has one output.
+            stderr: if terminal { None } else { duplicate(&io::stderr())? },
+            size: if terminal { terminal::size(io::stdin()) } else { Size::default() },
+        })
+    }
+
+    /// Both directions of a terminal.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn terminal(slave: &OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            stdin: Some(slave.try_clone()?),
+            stdout: Some(slave.try_clone()?),
+            stderr: None,
+            size: terminal::size(slave),
+        })
+    }
+}
+
+fn is_null(descriptor: impl AsFd) -> bool {
+    let null = rustix::fs::makedev(1, 3);
+    rustix::fs::fstat(descriptor)
+        .is_ok_and(|stat| stat.st_rdev == null && rustix::fs::FileType::from_raw_mode(stat.st_mode).is_char_device())
+}
+
+/// The joined streams of one process.
+pub struct Relay {
+    stdin: Option<(File, ByteStream)>,
+    outputs: Vec<(ByteStream, File)>,
+    /// As long as this is open, the guest's process has somebody to run for.
+    lifeline: Option<ByteStream>,
+}
+
+impl Relay {
+    /// Opens the streams of a process; `key` tells its streams from any other's. The answer names them to the agent.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn open(
+        agent: &Agent,
+        key: &str,
+        descriptors: Descriptors,
+        lifeline: bool,
+    ) -> Result<(Self, wire::Stdio), AgentError> {
+        let mut named = wire::Stdio {
+            terminal_rows: descriptors.size.rows.into(),
+            terminal_columns: descriptors.size.columns.into(),
+            ..Default::default()
+        };
+        let mut relay = Self { stdin: None, outputs: Vec::new(), lifeline: None };
+        if let Some(descriptor) = descriptors.stdin {
+            named.stdin = format!("{key}/stdin");
+            relay.stdin = Some((file(descriptor), agent.open_stdio(&named.stdin).await?));
+        }
+        for (descriptor, name) in [(descriptors.stdout, "stdout"), (descriptors.stderr, "stderr")] {
+            let Some(descriptor) = descriptor else { continue };
+            let key = format!("{key}/{name}");
+            relay.outputs.push((agent.open_stdio(&key).await?, file(descriptor)));
+            match name {
+                "stdout" => named.stdout = key,
+                _ => named.stderr = key,
+            }
+        }
+        if lifeline {
+            named.lifeline = format!("{key}/life");
+            relay.lifeline = Some(agent.open_stdio(&named.lifeline).await?);
+        }
+        Ok((relay, named))
+    }
+
+    /// Begins to move bytes.
+    pub fn start(self) -> RunningRelay {
+        if let Some((input, stream)) = self.stdin {
+            tokio::spawn(send(input, stream));
+        }
+        let mut outputs = JoinSet::new();
+        for (stream, output) in self.outputs {
+            outputs.spawn(receive(stream, output));
+        }
+        RunningRelay { outputs, _lifeline: self.lifeline }
+    }
+}
+
+/// The moving streams of one process.
+pub struct RunningRelay {
+    outputs: JoinSet<()>,
+    _lifeline: Option<ByteStream>,
+}
+
+impl RunningRelay {
+    /// Returns when all output has been written, however slow its reader is.
+    pub async fn drained(mut self) {
+        while self.outputs.join_next().await.is_some() {}
+    }
+}
+
+fn file(descriptor: OwnedFd) -> File {
+    // Any kind of file must do, and the descriptions are shared with other processes, so they stay blocking: the reads
+    // and writes are made on threads of the runtime's pool.
+    let mut file = File::from_std(descriptor.into());
+    file.set_max_buf_size(PIECE);
+    file
+}
+
+async fn send(mut input: File, mut stream: ByteStream) {
+    let mut piece = vec![0; PIECE];
+    loop {
+        match input.read(&mut piece).await {
+            Ok(length @ 1..) => {
+                if stream.write_all(&piece[..length]).await.is_err() || stream.flush().await.is_err() {
+                    return;
+                }
+            }
+            // A terminal whose master is closed answers with an error: the same end.
+            Ok(0) | Err(_) => {
+                let _ = stream.shutdown().await;
+                return;
+            }
+        }
+    }
+}
+
+async fn receive(mut stream: ByteStream, mut output: File) {
+    let mut piece = vec![0; PIECE];
+    while let Ok(length @ 1..) = stream.read(&mut piece).await {
+        if output.write_all(&piece[..length]).await.is_err() || output.flush().await.is_err() {
+            // Dropping the stream resets it, and the guest's process gets the SIGPIPE that it would have got here.
+            return;
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The monitor's socket: how the verbs, which are processes of their own, reach the agent.
+//!
+//! Each connection to the socket is one stream of the channel, byte for byte.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+use crate::vmm::{ByteStream, Channel};
+
+const NAME: &str = "agent.sock";
+/// How many connections are served at once, fewer than the channel has streams; further ones wait.
+const MAX_CONNECTIONS: usize = 200;
+
+/// The socket in a container's folder.
+#[derive(Debug)]
+pub struct MonitorSocket {
+    folder: PathBuf,
+}
+
+impl MonitorSocket {
+    /// The socket of the container with this folder.
+    pub fn of(folder: &Path) -> Self {
+        Self { folder: folder.to_owned() }
+    }
+
+    /// Listens.
+    ///
+    /// # Errors
+    /// Those of bind(2).
+    pub fn listen(&self) -> io::Result<UnixListener> {
+        let (_folder, path) = self.short_path()?;
+        UnixListener::bind(path)
+    }
+
+    /// A socket's address has at most 107 bytes, an engine's state root and a container's ID may have more.
+    fn short_path(&self) -> io::Result<(File, PathBuf)> {
+        let folder = File::open(&self.folder)?;
+        let path = format!("/proc/self/fd/{}/{NAME}", folder.as_raw_fd()).into();
+        Ok((folder, path))
+    }
+}
+
+#[async_trait]
+impl Channel for MonitorSocket {
+    async fn open(&self) -> io::Result<ByteStream> {
+        let (_folder, path) = self.short_path()?;
+        Ok(Box::new(UnixStream::connect(path).await?))
+    }
+}
+
+/// Serves the socket for ever.
+pub async fn serve(listener: UnixListener, channel: Arc<dyn Channel>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let mut connection = match listener.accept().await {
+            Ok((connection, _)) => connection,
+            Err(error) => {
+                tracing::warn!("the monitor's socket: {error}");
+                tokio::task::yield_now().await;
+                continue;
+            }
+        };
+        let channel = channel.clone();
+        tokio::spawn(async move {
+            if let Ok(mut stream) = channel.open().await {
+                // An end of either side ends both, which is all there is to know of it.
+                let _ = tokio::io::copy_bidirectional_with_sizes(&mut connection, &mut stream, 65_536, 65_536).await;
+            }
+            drop(place);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    struct Echo;
+
+    #[async_trait]
+    impl Channel for Echo {
+        async fn open(&self) -> io::Result<ByteStream> {
+            let (ours, mut theirs) = tokio::io::duplex(1024);
+            tokio::spawn(async move {
+                let mut seen = Vec::new();
+                theirs.read_to_end(&mut seen).await?;
+                theirs.write_all(&seen).await
+            });
+            Ok(Box::new(ours))
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_become_streams_under_the_longest_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("x".repeat(200));
+        std::fs::create_dir(&folder).unwrap();
+        let socket = MonitorSocket::of(&folder);
+        tokio::spawn(serve(socket.listen().unwrap(), Arc::new(Echo)));
+        let mut stream = socket.open().await.unwrap();
+        stream.write_all(b"hello").await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut back = String::new();
+        stream.read_to_string(&mut back).await.unwrap();
+        assert_eq!(back, "hello");
+    }
+}

@@ -1,0 +1,110 @@
+//! Which namespaces a container may ask for, now that it has a kernel of its own.
+//!
+//! New namespaces are made in the guest. A namespace that exists on the host cannot be shared with a guest, except
+//! for the network namespace, whose interfaces are handed on.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+use super::{Bundle, BundleError};
+
+/// Where a container's network namespace comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetworkNamespace {
+    /// runvm makes one.
+    New,
+    /// The engine made one: the path of its file.
+    Existing(PathBuf),
+    /// None is asked for: the host's.
+    Host,
+}
+
+fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
+    spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default()
+}
+
+pub(super) fn network(spec: &Spec) -> NetworkNamespace {
+    match namespaces(spec).iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network) {
+        None => NetworkNamespace::Host,
+        Some(namespace) => match namespace.path() {
+            Some(path) if !path.as_os_str().is_empty() => NetworkNamespace::Existing(path.clone()),
+            _ => NetworkNamespace::New,
+        },
+    }
+}
+
+/// Refuses what cannot be shared with a guest.
+pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
+    match network(&bundle.spec) {
+        NetworkNamespace::Host => {
+            return Err(bundle.field(
+                "linux.namespaces",
+                "has no network namespace: a container in a VM cannot use the host's network (`--network host`), \
+                 choose a bridge network or `none`",
+            ));
+        }
+        NetworkNamespace::Existing(path) if is_of_a_process(&path) => {
+            return Err(bundle.field(
+                "linux.namespaces",
+                format!(
+                    "asks for the network namespace {} of another container (`--network container:`): two containers \
+                     in VMs of their own cannot share one, give each a network",
+                    path.display()
+                ),
+            ));
+        }
+        _ => {}
+    }
+    let shared = namespaces(&bundle.spec).iter().find(|namespace| {
+        namespace.typ() != LinuxNamespaceType::Network
+            && namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty())
+    });
+    match shared {
+        None => Ok(()),
+        Some(namespace) => Err(bundle.field(
+            "linux.namespaces",
+            format!(
+                "asks to share the {} namespace of another container, which a container in a VM of its own cannot",
+                namespace.typ()
+            ),
+        )),
+    }
+}
+
+/// `/proc/PID/ns/net`: how Docker names the namespace of a container, while named ones are files elsewhere.
+fn is_of_a_process(path: &Path) -> bool {
+    let parts: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
+    matches!(parts[..], ["/", "proc", pid, "ns", "net"] if pid.parse::<u32>().is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle(namespaces: &str) -> Bundle {
+        let text = format!(r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{namespaces}]}}}}"#);
+        Bundle { path: "/b".into(), rootfs: "/b/rootfs".into(), spec: serde_json::from_str(&text).unwrap() }
+    }
+
+    #[test]
+    fn the_network_namespace_is_found() {
+        let new = bundle(r#"{"type":"network"}"#);
+        let named = bundle(r#"{"type":"network","path":"/run/netns/a"}"#);
+        assert_eq!(new.network_namespace(), NetworkNamespace::New);
+        assert_eq!(named.network_namespace(), NetworkNamespace::Existing("/run/netns/a".into()));
+        assert!(check(&new).is_ok() && check(&named).is_ok());
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_refused() {
+        for (namespaces, reason) in [
+            (r#"{"type":"mount"}"#, "--network host"),
+            (r#"{"type":"network","path":"/proc/42/ns/net"}"#, "--network container:"),
+            (r#"{"type":"network"},{"type":"pid","path":"/proc/42/ns/pid"}"#, "pid namespace"),
+        ] {
+            let message = check(&bundle(namespaces)).unwrap_err().to_string();
+            assert!(message.contains(reason), "{message}");
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Takes a specification apart: host paths become exports of the share, host matters stay here, and the rest is
+//! what the guest's agent is told.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, Spec};
+use runvm_protocol::SHARE_MOUNT_POINT;
+
+use super::{Bundle, BundleError};
+use crate::share::Export;
+
+/// The guest's part of a bundle.
+#[derive(Clone, Debug)]
+pub struct GuestSpec {
+    /// The specification for the agent: each path in it is the guest's.
+    pub spec: Spec,
+    /// What the share must hold for it.
+    pub exports: Vec<Export>,
+}
+
+/// Takes the specification of the container `id` apart.
+///
+/// # Errors
+/// [`BundleError::Field`] for a mount whose source does not exist.
+pub fn split(bundle: &Bundle, id: &str) -> Result<GuestSpec, BundleError> {
+    let mut spec = bundle.spec.clone();
+    let in_share = PathBuf::from(id);
+    let read_only = bundle.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false);
+    let mut exports =
+        vec![Export { path: in_share.join("rootfs"), source: bundle.rootfs.clone(), read_only, recursive: true }];
+    if let Some(root) = spec.root_mut() {
+        root.set_path(guest_path(&exports[0].path));
+    }
+    for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        let Some(recursive) = bind(mount) else { continue };
+        let source = source(bundle, index, mount)?;
+        if of_the_kernel(&source) {
+            // The guest has a kernel of its own, so these mean the guest's.
+            mount.set_source(Some(source));
+            continue;
+        }
+        let export = Export {
+            path: in_share.join("mounts").join(index.to_string()),
+            source,
+            read_only: has_option(mount, &["ro", "rro"]),
+            recursive,
+        };
+        mount.set_source(Some(guest_path(&export.path)));
+        exports.push(export);
+    }
+    take_out_host_matters(&mut spec);
+    Ok(GuestSpec { spec, exports })
+}
+
+fn guest_path(in_share: &Path) -> PathBuf {
+    Path::new(SHARE_MOUNT_POINT).join(in_share)
+}
+
+fn has_option(mount: &Mount, options: &[&str]) -> bool {
+    mount.options().iter().flatten().any(|option| options.contains(&option.as_str()))
+}
+
+/// Whether this is a bind mount, and if so, whether with what is mounted below.
+fn bind(mount: &Mount) -> Option<bool> {
+    let recursive = has_option(mount, &["rbind"]);
+    let bind = recursive || has_option(mount, &["bind"]) || mount.typ().as_deref() == Some("bind");
+    bind.then_some(recursive)
+}
+
+fn source(bundle: &Bundle, index: usize, mount: &Mount) -> Result<PathBuf, BundleError> {
+    let field = || format!("mounts[{index}].source ({})", mount.destination().display());
+    let Some(source) = mount.source() else {
+        return Err(bundle.field(field(), "is missing: a bind mount needs one"));
+    };
+    let source = bundle.path.join(source);
+    if of_the_kernel(&source) {
+        return Ok(source);
+    }
+    source
+        .canonicalize()
+        .map_err(|error| bundle.field(field(), format!("is {}: {}", source.display(), describe(&error))))
+}
+
+fn describe(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "no such file or directory".into(),
+        _ => error.to_string(),
+    }
+}
+
+/// Paths whose content is a kernel's, not a disk's.
+fn of_the_kernel(path: &Path) -> bool {
+    ["/proc", "/sys", "/dev"].iter().any(|top| path.starts_with(top))
+}
+
+fn take_out_host_matters(spec: &mut Spec) {
+    let start_container = spec.hooks().as_ref().and_then(|hooks| hooks.start_container().clone());
+    spec.set_hooks(start_container.map(|start_container| {
+        let mut hooks = Hooks::default();
+        hooks.set_start_container(Some(start_container));
+        hooks
+    }));
+    if let Some(process) = spec.process_mut() {
+        // Labels of the host's security modules: the guest's kernel has neither policy.
+        process.set_apparmor_profile(None);
+        process.set_selinux_label(None);
+    }
+    if let Some(linux) = spec.linux_mut() {
+        linux.set_cgroups_path(None);
+        linux.set_mount_label(None);
+        linux.set_intel_rdt(None);
+        if let Some(namespaces) = linux.namespaces_mut() {
+            // The whole guest is the container's network namespace. A time namespace is of no use in a kernel
+            // that booted with the container.
+            namespaces
+                .retain(|namespace| !matches!(namespace.typ(), LinuxNamespaceType::Network | LinuxNamespaceType::Time));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split_spec(text: &str) -> Result<GuestSpec, BundleError> {
+        let bundle = Bundle { path: "/".into(), rootfs: "/b/rootfs".into(), spec: serde_json::from_str(text).unwrap() };
+        split(&bundle, "web")
+    }
+
+    #[test]
+    fn host_paths_become_exports() {
+        let guest = split_spec(
+            r#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"mounts":[
+                {"destination":"/proc","type":"proc","source":"proc"},
+                {"destination":"/data","type":"bind","source":"/usr","options":["rbind","ro"]},
+                {"destination":"/sys/fs/cgroup","type":"bind","source":"/sys/fs/cgroup"}]}"#,
+        )
+        .unwrap();
+        let exports: Vec<_> = guest
+            .exports
+            .iter()
+            .map(|export| (export.path.to_str().unwrap(), export.read_only, export.recursive))
+            .collect();
+        assert_eq!(exports, [("web/rootfs", false, true), ("web/mounts/1", true, true)]);
+        let mounts = guest.spec.mounts().as_ref().unwrap();
+        assert_eq!(mounts[1].source().as_deref(), Some(Path::new("/run/runvm/share/web/mounts/1")));
+        assert_eq!(mounts[2].source().as_deref(), Some(Path::new("/sys/fs/cgroup")));
+        assert_eq!(guest.spec.root().as_ref().unwrap().path(), Path::new("/run/runvm/share/web/rootfs"));
+    }
+
+    #[test]
+    fn a_source_that_is_not_there_is_named() {
+        let error =
+            split_spec(r#"{"ociVersion":"1.0.2","mounts":[{"destination":"/d","type":"bind","source":"/no/such"}]}"#)
+                .unwrap_err()
+                .to_string();
+        assert!(error.contains("mounts[0].source (/d)") && error.contains("/no/such"), "{error}");
+    }
+
+    #[test]
+    fn the_guest_sees_no_host_matters() {
+        let guest = split_spec(
+            r#"{"ociVersion":"1.0.2",
+                "hooks":{"prestart":[{"path":"/bin/a"}],"startContainer":[{"path":"/bin/b"}]},
+                "linux":{"cgroupsPath":"/docker/x","namespaces":[{"type":"network"},{"type":"pid"}]}}"#,
+        )
+        .unwrap();
+        let hooks = guest.spec.hooks().as_ref().unwrap();
+        assert!(hooks.start_container().is_some());
+        assert_eq!(hooks.poststop(), &None);
+        let linux = guest.spec.linux().as_ref().unwrap();
+        assert_eq!(linux.cgroups_path(), &None);
+        assert_eq!(linux.namespaces().as_ref().unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,374 @@
+//! The words of the command line, apart from what they do.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nix::sys::signal::Signal;
+
+use crate::container::{Changes, Create, Exec, ProcessSource};
+use crate::error::{Error, Result};
+use crate::log::Format;
+use crate::monitor::{Globals, Options};
+use crate::vmm::probe::Wanted;
+
+const ROOT: &str = "/run/runvm";
+
+/// An OCI container runtime that gives every container its own virtual machine.
+///
+/// It takes the place of runc: the same verbs, options and files. Each container runs under a kernel of its own, so that
+/// what it runs need not be trusted.
+///
+/// Try it: `mkdir -p b/rootfs && tar -C b/rootfs -xf IMAGE.tar && cd b && runvm spec && runvm run NAME`. With Docker:
+/// register this program as a runtime, then `docker run --runtime=runvm IMAGE`. `runvm check` tells what is missing.
+#[derive(Debug, Parser)]
+#[command(name = "runvm", version, disable_help_subcommand = true, max_term_width = 100)]
+pub struct Cli {
+    /// Folder of the containers' records.
+    #[arg(long, value_name = "DIR", default_value = ROOT)]
+    root: PathBuf,
+    /// File that the log is appended to, instead of stderr.
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// How the log is written.
+    #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
+    log_format: Format,
+    /// Log stages and decisions, and keep the guest's console in the container's folder.
+    #[arg(long)]
+    debug: bool,
+    /// Accepted for runc's sake: cgroup paths in systemd's form are understood without it.
+    #[arg(long)]
+    systemd_cgroup: bool,
+    /// Accepted for runc's sake; runvm needs root.
+    #[arg(long, value_name = "WHEN", default_value = "auto", num_args = 0..=1, default_missing_value = "true")]
+    rootless: String,
+    /// What runs the guests: KVM where it is usable, only KVM, or QEMU's translator.
+    #[arg(long, value_enum, default_value = "auto", env = "RUNVM_ACCEL", value_name = "ACCELERATOR")]
+    accel: Wanted,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+impl Cli {
+    /// The options that come before the verb.
+    pub fn globals(&self) -> Globals {
+        Globals {
+            root: self.root.clone(),
+            log: self.log.clone(),
+            log_format: self.log_format,
+            debug: self.debug,
+            accelerator: self.accel,
+        }
+    }
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Make a container from a bundle; it waits for `start`.
+    Create(CreateArgs),
+    /// Run the program of a created container.
+    Start {
+        /// Container ID.
+        id: String,
+    },
+    /// Create and start a container, wait for its end and delete it.
+    Run(RunArgs),
+    /// Print a container's state as JSON.
+    State {
+        /// Container ID.
+        id: String,
+    },
+    /// Send a signal (default SIGTERM) to a container's first process.
+    Kill {
+        /// Send it to every process of the container.
+        #[arg(short, long)]
+        all: bool,
+        /// Container ID.
+        id: String,
+        /// A number, or a name with or without SIG.
+        #[arg(default_value = "SIGTERM")]
+        signal: String,
+    },
+    /// Delete a stopped container.
+    Delete {
+        /// Kill it first if it runs; one that does not exist is no error.
+        #[arg(short, long)]
+        force: bool,
+        /// Container ID.
+        id: String,
+    },
+    /// Run a further process in a running container.
+    Exec(ExecArgs),
+    /// List the host's processes that stand for a container's.
+    Ps {
+        /// Container ID.
+        id: String,
+        /// `table` shows what ps(1) says of them, `json` their PIDs.
+        #[arg(short, long, value_enum, default_value = "table")]
+        format: OutputFormat,
+        /// Options for ps(1).
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        options: Vec<String>,
+    },
+    /// List the containers.
+    List {
+        /// How.
+        #[arg(short, long, value_enum, default_value = "table")]
+        format: OutputFormat,
+        /// IDs only.
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Freeze a container's processes.
+    Pause {
+        /// Container ID.
+        id: String,
+    },
+    /// Let a paused container go on.
+    Resume {
+        /// Container ID.
+        id: String,
+    },
+    /// Write a config.json to begin with.
+    Spec {
+        /// Folder of the bundle, instead of this one.
+        #[arg(short, long)]
+        bundle: Option<PathBuf>,
+    },
+    /// Print what of the OCI runtime specification is supported, as JSON.
+    Features,
+    /// Tell whether this machine can run guests, how, and what is missing.
+    Check {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the version.
+    Version,
+    /// The process that stands for a container; `create` starts it.
+    #[command(hide = true)]
+    Monitor(MonitorArgs),
+    /// The process that stands for an exec's; `exec` starts it.
+    #[command(hide = true)]
+    ExecProxy {
+        #[arg(long)]
+        console_socket: Option<PathBuf>,
+        id: String,
+    },
+    /// The virtio-fs daemon of a VM; the monitor starts it.
+    #[command(hide = true)]
+    ShareDaemon,
+}
+
+/// How lists are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// `create`'s.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Folder of the bundle, instead of this one.
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    bundle: PathBuf,
+    /// Socket that gets the terminal's master.
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// File that gets the PID of the process that stands for the container.
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Accepted for runc's sake: in the guest pivot_root always works.
+    #[arg(long)]
+    no_pivot: bool,
+    /// Accepted for runc's sake: a guest's keyrings are its own.
+    #[arg(long)]
+    no_new_keyring: bool,
+    /// Number of further descriptors to pass on; descriptors cannot reach a guest, so only 0.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=0))]
+    preserve_fds: u32,
+    /// Container ID, unique below the state root.
+    id: String,
+}
+
+impl CreateArgs {
+    /// What is asked for.
+    pub fn into_create(self) -> Create {
+        Create { id: self.id, bundle: self.bundle, console_socket: self.console_socket, pid_file: self.pid_file }
+    }
+}
+
+/// `run`'s.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Return once the container runs.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Keep the container's record after its end.
+    #[arg(long)]
+    pub keep: bool,
+    /// Accepted for runc's sake: orphans go to the guest's own init.
+    #[arg(long)]
+    no_subreaper: bool,
+    /// The rest is as for `create`.
+    #[command(flatten)]
+    pub create: CreateArgs,
+}
+
+/// `exec`'s.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// File with the process as JSON, instead of a command.
+    #[arg(short, long, value_name = "FILE")]
+    process: Option<PathBuf>,
+    /// Give it a terminal.
+    #[arg(short, long)]
+    tty: bool,
+    /// Return once it runs.
+    #[arg(short, long)]
+    detach: bool,
+    /// `UID[:GID]`.
+    #[arg(short, long)]
+    user: Option<String>,
+    /// Additional group ID; may be repeated.
+    #[arg(short = 'g', long, value_name = "GID")]
+    additional_gids: Vec<u32>,
+    /// `NAME=value`; may be repeated.
+    #[arg(short, long)]
+    env: Vec<String>,
+    /// Working directory.
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<PathBuf>,
+    /// Capability to add; may be repeated.
+    #[arg(short, long)]
+    cap: Vec<String>,
+    /// Let it gain no privileges.
+    #[arg(long)]
+    no_new_privs: bool,
+    /// Socket that gets the terminal's master.
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// File that gets the PID of the process that stands for it.
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Container ID.
+    id: String,
+    /// The program and its arguments.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+}
+
+impl ExecArgs {
+    /// What is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where neither a command nor a file says what to run.
+    pub fn into_exec(self) -> Result<Exec> {
+        let process = match self.process {
+            Some(file) => ProcessSource::File(file),
+            None if self.command.is_empty() => {
+                return Err(Error::Usage("exec needs a command, or --process FILE".to_owned()));
+            }
+            None => ProcessSource::Like(Changes {
+                args: self.command,
+                env: self.env,
+                cwd: self.cwd,
+                user: self.user,
+                additional_gids: self.additional_gids,
+                caps: self.cap,
+                terminal: self.tty,
+                no_new_privs: self.no_new_privs.then_some(true),
+            }),
+        };
+        Ok(Exec {
+            id: self.id,
+            process,
+            detach: self.detach,
+            pid_file: self.pid_file,
+            console_socket: self.console_socket,
+        })
+    }
+}
+
+/// The monitor's.
+#[derive(Debug, Args)]
+pub struct MonitorArgs {
+    #[arg(long)]
+    bundle: PathBuf,
+    #[arg(long)]
+    folder: PathBuf,
+    #[arg(long)]
+    console_socket: Option<PathBuf>,
+    id: String,
+}
+
+impl MonitorArgs {
+    /// What the monitor is told.
+    pub fn into_options(self, globals: &Globals) -> Options {
+        Options {
+            id: self.id,
+            folder: self.folder,
+            bundle: self.bundle,
+            console_socket: self.console_socket,
+            accelerator: globals.accelerator,
+            debug: globals.debug,
+            log_options: globals.log_options(),
+        }
+    }
+}
+
+/// The number of a signal that a user names.
+///
+/// # Errors
+/// [`Error::Usage`] where there is no such signal.
+pub fn signal_number(text: &str) -> Result<u32> {
+    let unknown = || Error::Usage(format!("unknown signal \"{text}\": give a number or a name such as SIGTERM"));
+    if let Ok(number) = text.parse::<u32>() {
+        return (1..=64).contains(&number).then_some(number).ok_or_else(unknown);
+    }
+    let upper = text.to_uppercase();
+    let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
+    let signal: Signal = name.parse().map_err(|_| unknown())?;
+    Ok(signal as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn engines_command_lines_are_understood() {
+        for line in [
+            "runvm --root /r/moby --log /b/log.json --log-format json --systemd-cgroup create --bundle /b --pid-file /b/p --console-socket /s --no-pivot --preserve-fds 0 id",
+            "runvm --root /r start id",
+            "runvm --rootless=false --root /r exec --process /p --console-socket /s --detach --pid-file /p id",
+            "runvm kill --all id 9",
+            "runvm delete --force id",
+            "runvm ps --format json id",
+            "runvm run -d --keep id",
+            "runvm exec -t -u 1:2 -e A=b -- id sh -c x",
+        ] {
+            Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn signals_have_numbers_and_names() {
+        for (text, number) in [("9", 9), ("SIGKILL", 9), ("term", 15), ("64", 64), ("WINCH", 28)] {
+            assert_eq!(signal_number(text).unwrap(), number);
+        }
+        for text in ["0", "65", "FOO", "-1", ""] {
+            assert!(signal_number(text).is_err(), "{text}");
+        }
+    }
+}

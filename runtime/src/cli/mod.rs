@@ -1,0 +1,86 @@
+//! The command line: runc's verbs and options, and what `runvm` adds to them.
+
+mod args;
+mod check;
+mod features;
+mod run;
+mod show;
+mod spec;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::container;
+use crate::error::{Error, Result, sentence};
+use crate::monitor::{self, Globals};
+use crate::{log, share};
+use args::{Cli, Verb};
+
+/// What a usage error and a failed command exit with, as runc does.
+const FAILURE: u8 = 1;
+/// What a failed `exec` exits with: statuses below it may be the process's.
+const EXEC_FAILURE: u8 = 255;
+
+/// The whole command: parse, do, tell.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // The user asked for help, or needs it; a closed terminal needs neither.
+            let _ = error.print();
+            return if error.use_stderr() { FAILURE.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    let globals = cli.globals();
+    if let Err(error) = log::init(globals.log.as_deref(), globals.log_format, globals.debug) {
+        let path = globals.log.unwrap_or_default();
+        eprintln!("runvm: cannot open --log {}: {error}", path.display());
+        return FAILURE.into();
+    }
+    let failure = if matches!(cli.verb, Verb::Exec(_)) { EXEC_FAILURE } else { FAILURE };
+    match dispatch(&globals, cli.verb) {
+        Ok(status) => status,
+        Err(error) => {
+            let sentence = sentence(&error);
+            if globals.log.is_some() {
+                tracing::error!("{sentence}");
+            }
+            eprintln!("runvm: {sentence}");
+            failure.into()
+        }
+    }
+}
+
+fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
+    let done = match verb {
+        Verb::Create(args) => container::create(globals, &args.into_create()).map(drop),
+        Verb::Run(args) => return run::run(globals, args).map(Into::into),
+        Verb::Start { id } => container::start(globals, &id),
+        Verb::Kill { id, signal, all } => container::kill(globals, &id, args::signal_number(&signal)?, all),
+        Verb::Delete { id, force } => container::delete(globals, &id, force),
+        Verb::Pause { id } => container::pause(globals, &id),
+        Verb::Resume { id } => container::resume(globals, &id),
+        Verb::Exec(args) => return container::exec(globals, &args.into_exec()?).map(Into::into),
+        Verb::State { id } => show::state(globals, &id),
+        Verb::List { format, quiet } => show::list(globals, format, quiet),
+        Verb::Ps { id, format, options } => show::ps(globals, &id, format, &options),
+        Verb::Spec { bundle } => spec::write(bundle.as_deref()),
+        Verb::Features => features::show(),
+        Verb::Check { json } => return check::check(globals, json).map(Into::into),
+        Verb::Version => show::version(),
+        Verb::Monitor(args) => return Ok(monitor::main(&args.into_options(globals)).into()),
+        Verb::ExecProxy { console_socket, id } => return Ok(container::proxy(globals, &id, console_socket).into()),
+        Verb::ShareDaemon => return Ok(share::daemon_main()),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Writes to stdout; one that is closed is no failure of the command.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write as _;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::system("write to stdout")(error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,120 @@
+//! `create`: from a bundle to a VM with a container in it that waits for `start`.
+
+use std::path::PathBuf;
+use std::process::Child;
+
+use crate::bundle::{self, Bundle};
+use crate::error::{Error, Result};
+use crate::host::cgroup::Cgroup;
+use crate::host::hooks;
+use crate::log;
+use crate::monitor::{Globals, Launched};
+use crate::sandbox::Size;
+use crate::state::{Container, Phase, Record};
+
+/// What `create` is asked for.
+#[derive(Clone, Debug)]
+pub struct Create {
+    /// The container's ID.
+    pub id: String,
+    /// The folder of its bundle.
+    pub bundle: PathBuf,
+    /// The socket that gets the terminal's master.
+    pub console_socket: Option<PathBuf>,
+    /// Where the monitor's PID is written.
+    pub pid_file: Option<PathBuf>,
+}
+
+/// A created container, as its creator holds it.
+#[derive(Debug)]
+pub struct Running {
+    /// Its monitor, a child of this process.
+    pub monitor: Child,
+    /// Whether its process has a terminal.
+    pub terminal: bool,
+    /// Its folder.
+    pub folder: PathBuf,
+}
+
+/// Creates a container. After an error nothing of it is left.
+///
+/// # Errors
+/// [`Error`].
+pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
+    log::stage("create main");
+    let bundle = Bundle::load(&options.bundle)?;
+    check_terminal(&bundle, options)?;
+    // The monitor does this again; here it finds a mistake before anything is made.
+    bundle::split(&bundle, &options.id)?;
+    let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
+    let launched = launch(globals, options, &bundle, &container).and_then(|mut launched| {
+        match bring_up(options, &bundle, &mut container, &mut launched) {
+            Ok(()) => Ok(launched),
+            Err(error) => {
+                launched.kill();
+                Err(error)
+            }
+        }
+    });
+    match launched {
+        Ok(launched) => {
+            log::stage("created");
+            Ok(Running { monitor: launched.child, terminal: bundle.terminal(), folder: container.dir().to_owned() })
+        }
+        Err(error) => {
+            if let Err(left) = super::delete::clean_up(&mut container) {
+                tracing::warn!("after a failed create: {left}");
+            }
+            Err(error)
+        }
+    }
+}
+
+fn check_terminal(bundle: &Bundle, options: &Create) -> Result<()> {
+    match (bundle.terminal(), &options.console_socket) {
+        (false, Some(_)) => {
+            Err(Error::Usage("--console-socket is given, but process.terminal in config.json is not true".to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &Container) -> Result<Launched> {
+    let mut command = globals.command();
+    command.arg("monitor").arg("--bundle").arg(&bundle.path).arg("--folder").arg(container.dir());
+    if let Some(socket) = &options.console_socket {
+        command.arg("--console-socket").arg(socket);
+    }
+    command.arg(&options.id);
+    Launched::start(command)
+}
+
+fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launched: &mut Launched) -> Result<()> {
+    container.record.monitor = Some(launched.identity);
+    let cgroup = Cgroup::create(&bundle.spec, &options.id, Size::of(&bundle.spec).memory)?;
+    container.record.cgroups = cgroup.folders().to_vec();
+    container.save()?;
+    // Before the VM is made: what the monitor starts is born into its cgroup.
+    cgroup.add(launched.identity.pid)?;
+    log::stage("cgroup joined");
+    launched.await_ready()?;
+    run_hooks(bundle, container)?;
+    container.record.helpers = launched.go(&[])?;
+    container.record.phase = Phase::Created;
+    container.save()?;
+    match &options.pid_file {
+        Some(path) => super::write_pid_file(path, launched.identity.pid),
+        None => Ok(()),
+    }
+}
+
+/// The hooks that belong between the making of the namespaces and the container's.
+fn run_hooks(bundle: &Bundle, container: &Container) -> Result<()> {
+    let Some(hooks) = bundle.spec.hooks() else { return Ok(()) };
+    let state = super::oci_state(container)?;
+    #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
+    hooks::run("prestart", hooks.prestart().as_ref(), &state)?;
+    hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state)?;
+    hooks::run("createContainer", hooks.create_container().as_ref(), &state)?;
+    Ok(())
+}

@@ -1,0 +1,330 @@
+//! `exec`: a further process in a running container, with a proxy of its own on the host.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, User};
+use runvm_protocol::agent as wire;
+use rustix::process::setsid;
+
+use crate::agent::{Agent, Descriptors, Relay};
+use crate::bundle::Bundle;
+use crate::error::{Error, Result, sentence};
+use crate::host::process::ProcessIdentity;
+use crate::host::terminal::RawTerminal;
+use crate::monitor::{self, Globals, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded};
+use crate::state::{Container, Status};
+
+/// The largest process.json that is read, in bytes.
+const MAX_PROCESS: u64 = 4 << 20;
+
+/// Which process is wanted.
+#[derive(Clone, Debug)]
+pub enum ProcessSource {
+    /// The `process` object in this file.
+    File(PathBuf),
+    /// The container's own process with these changes.
+    Like(Changes),
+}
+
+/// How a process differs from its container's first one.
+#[derive(Clone, Debug, Default)]
+pub struct Changes {
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// `NAME=value`, added to the container's.
+    pub env: Vec<String>,
+    /// The working directory.
+    pub cwd: Option<PathBuf>,
+    /// `UID[:GID]`.
+    pub user: Option<String>,
+    /// Additional group IDs.
+    pub additional_gids: Vec<u32>,
+    /// Capabilities to be added.
+    pub caps: Vec<String>,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// Whether it may gain no privileges; the container's where not said.
+    pub no_new_privs: Option<bool>,
+}
+
+/// What `exec` is asked for.
+#[derive(Clone, Debug)]
+pub struct Exec {
+    /// The container.
+    pub id: String,
+    /// The process.
+    pub process: ProcessSource,
+    /// Whether the command returns once the process runs.
+    pub detach: bool,
+    /// Where the proxy's PID is written.
+    pub pid_file: Option<PathBuf>,
+    /// The socket that gets the terminal's master.
+    pub console_socket: Option<PathBuf>,
+}
+
+/// Runs a process in a container; its exit status, or 0 once it runs where it is detached.
+///
+/// # Errors
+/// [`Error::NotRunning`] where the container has no processes; the agent's.
+pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
+    let container = Container::look(&globals.root, &options.id)?;
+    match container.status() {
+        Status::Running | Status::Created => {}
+        Status::Paused => return Err(Error::Usage("cannot exec in a paused container: resume it first".to_owned())),
+        _ => return Err(Error::NotRunning),
+    }
+    let process = process(&container, &options.process)?;
+    let terminal = process.terminal().unwrap_or(false);
+    if terminal && options.detach && options.console_socket.is_none() {
+        return Err(Error::Usage("a detached process with a terminal needs --console-socket".to_owned()));
+    }
+    if !options.detach && options.console_socket.is_none() {
+        if let Some(path) = &options.pid_file {
+            super::write_pid_file(path, std::process::id())?;
+        }
+        return foreground(&container, &process);
+    }
+    let mut launched = launch(globals, options)?;
+    launched.await_ready()?;
+    if let Some(path) = &options.pid_file {
+        super::write_pid_file(path, launched.identity.pid)?;
+    }
+    launched.go(&to_json(&process)?)?;
+    if options.detach {
+        return Ok(0);
+    }
+    let status = launched.child.wait().map_err(Error::system("wait for the process"))?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
+}
+
+/// The proxies of a container's execs that live.
+pub(super) fn proxies(container: &Container) -> Result<Vec<ProcessIdentity>> {
+    let entries = fs::read_dir(container.dir()).map_err(Error::file("read", container.dir()))?;
+    Ok(entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("exec-")?.parse().ok())
+        .filter_map(ProcessIdentity::of)
+        .collect())
+}
+
+/// The process that is wanted, in full.
+fn process(container: &Container, source: &ProcessSource) -> Result<OciProcess> {
+    match source {
+        ProcessSource::File(path) => {
+            let text = crate::bundle::read_bounded(path, MAX_PROCESS).map_err(Error::file("read --process", path))?;
+            serde_json::from_str(&text)
+                .map_err(|error| Error::Usage(format!("{} is not an OCI process: {error}", path.display())))
+        }
+        ProcessSource::Like(changes) => {
+            let bundle = Bundle::load(&container.record.bundle)?;
+            let own = bundle.spec.process().clone().unwrap_or_default();
+            changed(own, changes)
+        }
+    }
+}
+
+fn changed(mut process: OciProcess, changes: &Changes) -> Result<OciProcess> {
+    process.set_args(Some(changes.args.clone())).set_terminal(Some(changes.terminal));
+    process.set_apparmor_profile(None).set_selinux_label(None);
+    let mut env = process.env().clone().unwrap_or_default();
+    env.extend(changes.env.iter().cloned());
+    process.set_env(Some(env));
+    if let Some(cwd) = &changes.cwd {
+        process.set_cwd(cwd.clone());
+    }
+    if let Some(no_new_privs) = changes.no_new_privs {
+        process.set_no_new_privileges(Some(no_new_privs));
+    }
+    if let Some(user) = &changes.user {
+        process.set_user(parse_user(user)?);
+    }
+    if !changes.additional_gids.is_empty() {
+        let mut user = process.user().clone();
+        user.set_additional_gids(Some(changes.additional_gids.clone()));
+        process.set_user(user);
+    }
+    if !changes.caps.is_empty() {
+        let capabilities = add_capabilities(process.capabilities().clone().unwrap_or_default(), &changes.caps)?;
+        process.set_capabilities(Some(capabilities));
+    }
+    Ok(process)
+}
+
+fn parse_user(text: &str) -> Result<User> {
+    let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
+    match (uid.parse(), gid.parse()) {
+        (Ok(uid), Ok(gid)) => {
+            let mut user = User::default();
+            user.set_uid(uid).set_gid(gid);
+            Ok(user)
+        }
+        _ => Err(Error::Usage(format!("--user {text}: give numbers, UID or UID:GID"))),
+    }
+}
+
+fn add_capabilities(mut capabilities: LinuxCapabilities, names: &[String]) -> Result<LinuxCapabilities> {
+    for name in names {
+        let capability: Capability = serde_json::from_value(name.to_uppercase().into())
+            .map_err(|_| Error::Usage(format!("--cap {name}: there is no such capability")))?;
+        let with = |set: &Option<std::collections::HashSet<Capability>>| {
+            let mut set = set.clone().unwrap_or_default();
+            set.insert(capability);
+            Some(set)
+        };
+        let (bounding, effective, permitted) =
+            (with(capabilities.bounding()), with(capabilities.effective()), with(capabilities.permitted()));
+        capabilities.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
+    }
+    Ok(capabilities)
+}
+
+/// Runs the process with this command as its proxy.
+fn foreground(container: &Container, process: &OciProcess) -> Result<u8> {
+    let terminal = process.terminal().unwrap_or(false);
+    let _raw = match terminal {
+        true => RawTerminal::new(io::stdin()).map_err(Error::system("set up the terminal"))?,
+        false => None,
+    };
+    single_threaded(async {
+        let descriptors = Descriptors::inherited(terminal).map_err(Error::system("duplicate the stdio"))?;
+        let (process, relay) = begin(container, process, descriptors).await?;
+        let own = io::stdin();
+        let own = terminal.then(|| std::os::fd::AsFd::as_fd(&own).try_clone_to_owned()).transpose();
+        let own = own.map_err(Error::system("duplicate the stdio"))?;
+        Ok(attend(process, relay, own.as_ref()).await?.status)
+    })
+}
+
+async fn begin(container: &Container, process: &OciProcess, descriptors: Descriptors) -> Result<(Process, Relay)> {
+    let agent: Agent = monitor::connect(container.dir()).await?;
+    let container_id = container.record.id.clone();
+    let exec_id = format!("exec-{}", std::process::id());
+    let key = format!("{exec_id}-{}", crate::log::monotonic_us());
+    let (relay, stdio) = Relay::open(&agent, &key, descriptors, true).await?;
+    let mut process = process.clone();
+    process.set_apparmor_profile(None).set_selinux_label(None);
+    let process = to_json(&process)?;
+    agent
+        .exec_process(wire::ExecProcessRequest {
+            container_id: container_id.clone(),
+            exec_id: exec_id.clone(),
+            process,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        })
+        .await?;
+    Ok((Process { agent, container_id, exec_id }, relay))
+}
+
+fn to_json(process: &OciProcess) -> Result<Vec<u8>> {
+    serde_json::to_vec(process).map_err(|error| Error::system("write the process")(error))
+}
+
+fn launch(globals: &Globals, options: &Exec) -> Result<Launched> {
+    let mut command = globals.command();
+    command.arg("exec-proxy");
+    if let Some(socket) = &options.console_socket {
+        command.arg("--console-socket").arg(socket);
+    }
+    command.arg(&options.id);
+    Launched::start(command)
+}
+
+/// The proxy of one exec: the PID that engines are told. It ends with the process's status, and the process ends with it.
+pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>) -> u8 {
+    let mut owner = match Owner::inherited() {
+        Ok(owner) => owner,
+        Err(error) => {
+            tracing::error!("the proxy is started by `runvm exec` only: {error}");
+            return u8::MAX;
+        }
+    };
+    match stand_for_process(globals, id, console_socket, &mut owner) {
+        Ok(status) => status,
+        Err(error) => {
+            let _ = owner.send(&ToOwner::Failed { message: sentence(&error) });
+            u8::MAX
+        }
+    }
+}
+
+fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf>, owner: &mut Owner) -> Result<u8> {
+    setsid().map_err(Error::system("make a session"))?;
+    let container = Container::look(&globals.root, id)?;
+    owner.send(&ToOwner::Ready).map_err(Error::system("talk to `runvm exec`"))?;
+    let process = owner.await_go().map_err(Error::system("wait for `runvm exec`"))?;
+    let process: OciProcess = serde_json::from_slice(&process)
+        .map_err(|error| Error::Usage(format!("the process handed to the proxy is damaged: {error}")))?;
+    let terminal = match console_socket {
+        Some(socket) if process.terminal().unwrap_or(false) => Some(controlling_terminal(socket)?),
+        _ => None,
+    };
+    let listed = Listed::new(&container)?;
+    let status = single_threaded(async {
+        let descriptors = match &terminal {
+            Some(slave) => Descriptors::terminal(slave),
+            None => Descriptors::inherited(false),
+        };
+        let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
+        let (process, relay) = begin(&container, &process, descriptors).await?;
+        monitor::release_stdio().map_err(Error::system("release the stdio"))?;
+        owner.send(&ToOwner::Created { helpers: Vec::new() }).map_err(Error::system("talk to `runvm exec`"))?;
+        owner.dismiss();
+        Ok(attend(process, relay, terminal.as_ref()).await?.status)
+    });
+    drop(listed);
+    status
+}
+
+/// The proxy's entry in the container's folder, by which `ps` finds it; one left by a killed proxy goes with the folder.
+struct Listed(PathBuf);
+
+impl Listed {
+    fn new(container: &Container) -> Result<Self> {
+        let path = container.dir().join(format!("exec-{}", std::process::id()));
+        fs::write(&path, "").map_err(Error::file("write", &path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        // The container may have been deleted, and the entry with it.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_are_applied_to_the_containers_process() {
+        let own: OciProcess = serde_json::from_str(
+            r#"{"cwd":"/","args":["a"],"env":["A=1"],"user":{"uid":5,"gid":6},"noNewPrivileges":true}"#,
+        )
+        .unwrap();
+        let changes = Changes {
+            args: vec!["b".into(), "c".into()],
+            env: vec!["B=2".into()],
+            user: Some("7:8".into()),
+            caps: vec!["cap_net_admin".into()],
+            ..Changes::default()
+        };
+        let process = changed(own, &changes).unwrap();
+        assert_eq!(process.args().as_deref(), Some(&["b".to_owned(), "c".to_owned()][..]));
+        assert_eq!(process.env().as_ref().unwrap(), &["A=1", "B=2"]);
+        assert_eq!((process.user().uid(), process.user().gid()), (7, 8));
+        assert_eq!(process.no_new_privileges(), Some(true));
+        let bounding = process.capabilities().as_ref().unwrap().bounding().clone().unwrap();
+        assert!(bounding.contains(&Capability::NetAdmin));
+    }
+
+    #[test]
+    fn arguments_that_mean_nothing_are_refused() {
+        assert!(parse_user("root").unwrap_err().to_string().contains("--user root"));
+        let caps = add_capabilities(LinuxCapabilities::default(), &["CAP_FLY".into()]);
+        assert!(caps.unwrap_err().to_string().contains("--cap CAP_FLY"));
+    }
+}

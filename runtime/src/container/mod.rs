@@ -1,0 +1,139 @@
+//! What the verbs do to a container.
+
+mod create;
+mod delete;
+mod exec;
+
+use std::fs;
+use std::path::Path;
+
+use rustix::process::Signal;
+use serde_json::json;
+
+use crate::bundle::Bundle;
+use crate::error::{Error, Result};
+use crate::host::hooks;
+use crate::monitor::{Globals, connect, single_threaded};
+use crate::state::{Container, Phase, Status};
+
+pub use create::{Create, Running, create};
+pub use delete::delete;
+pub use exec::{Changes, Exec, ProcessSource, exec, proxy};
+
+/// Runs the created container's program.
+///
+/// # Errors
+/// [`Error::CannotStart`] where it is not created; the agent's.
+pub fn start(globals: &Globals, id: &str) -> Result<()> {
+    let mut container = Container::open(&globals.root, id)?;
+    match container.status() {
+        Status::Created => {}
+        status => return Err(Error::CannotStart(status)),
+    }
+    let bundle = Bundle::load(&container.record.bundle)?;
+    single_threaded(async { Ok(connect(container.dir()).await?.start_container(id).await?) })?;
+    container.record.phase = Phase::Running;
+    container.save()?;
+    let poststart = bundle.spec.hooks().as_ref().and_then(|hooks| hooks.poststart().as_ref());
+    hooks::run("poststart", poststart, &oci_state(&container)?)?;
+    Ok(())
+}
+
+/// Sends a signal to the container's first process, or to all.
+///
+/// # Errors
+/// [`Error::NotRunning`] where it has none.
+pub fn kill(globals: &Globals, id: &str, signal: u32, all: bool) -> Result<()> {
+    let container = Container::look(&globals.root, id)?;
+    if matches!(container.status(), Status::Stopped | Status::Creating) {
+        return Err(Error::NotRunning);
+    }
+    let sent =
+        single_threaded(async { Ok(connect(container.dir()).await?.signal_process(id, "", signal, all).await?) });
+    match sent {
+        Err(Error::Agent(error)) if error.is_not_found() => Err(Error::Finished),
+        // It ended while it was being asked.
+        Err(_) if container.status() == Status::Stopped => Err(Error::NotRunning),
+        // A guest that answers nothing is not spared: the VM goes with its monitor.
+        Err(error) if signal == Signal::KILL.as_raw() as u32 => {
+            tracing::warn!("the guest does not take the signal ({error}): its VM is killed");
+            let monitor = container.record.monitor.ok_or(Error::NotRunning)?;
+            monitor.signal(Signal::KILL).map_err(Error::system("kill the monitor"))
+        }
+        sent => sent,
+    }
+}
+
+/// Freezes the container's processes.
+///
+/// # Errors
+/// [`Error::CannotFreeze`] where it does not run.
+pub fn pause(globals: &Globals, id: &str) -> Result<()> {
+    let mut container = Container::open(&globals.root, id)?;
+    match container.status() {
+        Status::Running | Status::Created => {}
+        status => return Err(Error::CannotFreeze { verb: "pause", status }),
+    }
+    single_threaded(async { Ok(connect(container.dir()).await?.pause_container(id).await?) })?;
+    container.record.phase = Phase::Paused;
+    Ok(container.save()?)
+}
+
+/// Lets a paused container go on.
+///
+/// # Errors
+/// [`Error::CannotFreeze`] where it is not paused.
+pub fn resume(globals: &Globals, id: &str) -> Result<()> {
+    let mut container = Container::open(&globals.root, id)?;
+    match container.status() {
+        Status::Paused => {}
+        status => return Err(Error::CannotFreeze { verb: "resume", status }),
+    }
+    single_threaded(async { Ok(connect(container.dir()).await?.resume_container(id).await?) })?;
+    container.record.phase = Phase::Running;
+    Ok(container.save()?)
+}
+
+/// The PIDs on the host that stand for the container's processes: the monitor, and the proxies of its execs.
+///
+/// # Errors
+/// That of the record.
+pub fn host_pids(container: &Container) -> Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    if let Some(monitor) = container.record.monitor.filter(|monitor| monitor.alive()) {
+        pids.push(monitor.pid);
+    }
+    pids.extend(exec::proxies(container)?.into_iter().map(|proxy| proxy.pid));
+    Ok(pids)
+}
+
+/// The container's state as the OCI runtime specification has it, which hooks get on their stdin.
+fn oci_state(container: &Container) -> Result<Vec<u8>> {
+    let record = &container.record;
+    // The specification knows no paused containers.
+    let status = match container.status() {
+        Status::Paused => Status::Running,
+        status => status,
+    };
+    let mut state = json!({
+        "ociVersion": record.oci_version,
+        "id": record.id,
+        "status": status.name(),
+        "bundle": record.bundle,
+        "annotations": record.annotations,
+    });
+    if let (Some(monitor), Some(object)) = (record.monitor, state.as_object_mut()) {
+        if status != Status::Stopped {
+            object.insert("pid".to_owned(), monitor.pid.into());
+        }
+    }
+    serde_json::to_vec(&state).map_err(|error| Error::system("write the state")(error))
+}
+
+/// Writes a PID for the engine: whole, or not at all.
+fn write_pid_file(path: &Path, pid: u32) -> Result<()> {
+    let temporary = path.with_file_name(format!(".{}", path.file_name().unwrap_or_default().to_string_lossy()));
+    fs::write(&temporary, pid.to_string())
+        .and_then(|()| fs::rename(&temporary, path))
+        .map_err(Error::file("write --pid-file", path))
+}

@@ -1,0 +1,328 @@
+//! The host's cgroup of a container: it holds the monitor, the VMM and the virtio-fs daemon, so that engines find the
+//! container's use there, and so that a guest cannot take more of the host than its limits and what a VM needs.
+//!
+//! Only the controllers that are limited or read by engines are joined: each further hierarchy of version 1 makes a
+//! start slower. The container's own limits are set within the guest as well.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use oci_spec::runtime::{LinuxResources, Spec};
+use rustix::process::Signal;
+use thiserror::Error;
+
+use super::process::ProcessIdentity;
+
+/// The hierarchies of version 1 that each container joins where they are mounted.
+const V1_CONTROLLERS: [&str; 5] = ["cpu", "cpuacct", "memory", "blkio", "pids"];
+/// What the VM needs on the host besides the guest's memory: the VMM, the daemon, page tables, file caches.
+const MEMORY_OVERHEAD: i64 = 256 << 20;
+/// How long a killed process of a cgroup may take to go.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// A file of a cgroup that cannot be written.
+#[derive(Debug, Error)]
+#[error("cannot set up the host cgroup: {path}", path = path.display())]
+pub struct CgroupError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The folders of one container's cgroup, one for each hierarchy.
+#[derive(Debug)]
+pub struct Cgroup {
+    folders: Vec<PathBuf>,
+}
+
+impl Cgroup {
+    /// Makes the cgroup that `linux.cgroupsPath` names (or `runvm-ID`), with its limits. `guest_memory` is the VM's, in
+    /// bytes: of a limited container the host's limit must hold all of it.
+    ///
+    /// # Errors
+    /// [`CgroupError`], naming the file.
+    pub fn create(spec: &Spec, id: &str, guest_memory: u64) -> Result<Self, CgroupError> {
+        let path = relative_path(spec, id);
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let hierarchies = Hierarchies::mounted();
+        match hierarchies.v1.is_empty() {
+            false => hierarchies.create_v1(&path, resources, guest_memory),
+            true => hierarchies.create_v2(&path, resources, guest_memory),
+        }
+    }
+
+    /// Moves a process into the cgroup; what it starts from now on belongs there too.
+    ///
+    /// # Errors
+    /// [`CgroupError`], naming the file.
+    pub fn add(&self, pid: u32) -> Result<(), CgroupError> {
+        self.folders.iter().try_for_each(|folder| write(&folder.join("cgroup.procs"), &pid.to_string()))
+    }
+
+    /// The folders, for the record.
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+}
+
+/// Ends what is left in the folders, and removes them.
+///
+/// # Errors
+/// [`CgroupError`] for a folder that stays.
+pub fn remove(folders: &[PathBuf]) -> Result<(), CgroupError> {
+    for folder in folders {
+        for process in processes(folder) {
+            // What cannot be ended shows in the removal.
+            let _ = process.signal(Signal::KILL).and_then(|()| process.await_end(END_LIMIT));
+        }
+        match fs::remove_dir(folder) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(CgroupError { path: folder.clone(), source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn processes(folder: &Path) -> Vec<ProcessIdentity> {
+    let list = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+    list.lines().filter_map(|pid| ProcessIdentity::of(pid.parse().ok()?)).collect()
+}
+
+/// The path below a hierarchy's mount point. It is the engine's word: `..` has no place in it.
+fn relative_path(spec: &Spec, id: &str) -> PathBuf {
+    let named = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    let text = named.and_then(|path| path.to_str()).unwrap_or_default();
+    // systemd's form, slice:prefix:name.
+    let path = match text.split(':').collect::<Vec<_>>()[..] {
+        [slice, prefix, name] => format!("{slice}/{prefix}-{name}.scope"),
+        _ => text.to_owned(),
+    };
+    let path: PathBuf =
+        Path::new(&path).components().filter(|part| matches!(part, std::path::Component::Normal(_))).collect();
+    if path.as_os_str().is_empty() { PathBuf::from(format!("runvm-{id}")) } else { path }
+}
+
+struct Hierarchies {
+    /// Controllers and where version 1 mounts them.
+    v1: Vec<(String, PathBuf)>,
+    v2: Option<PathBuf>,
+}
+
+impl Hierarchies {
+    fn mounted() -> Self {
+        Self::parse(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+    }
+
+    /// Reads the hierarchies from mountinfo, see proc_pid_mountinfo(5).
+    fn parse(mountinfo: &str) -> Self {
+        let mut found = Self { v1: Vec::new(), v2: None };
+        for line in mountinfo.lines() {
+            let Some((mount, file_system)) = line.split_once(" - ") else { continue };
+            let Some(mount_point) = mount.split(' ').nth(4).map(PathBuf::from) else { continue };
+            let mut fields = file_system.split(' ');
+            match (fields.next(), fields.nth(1)) {
+                (Some("cgroup2"), _) => found.v2 = Some(mount_point),
+                (Some("cgroup"), Some(options)) => {
+                    for option in options.split(',') {
+                        if V1_CONTROLLERS.contains(&option) || option == "cpuset" {
+                            found.v1.push((option.to_owned(), mount_point.clone()));
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    fn create_v1(
+        &self,
+        path: &Path,
+        resources: Option<&LinuxResources>,
+        guest_memory: u64,
+    ) -> Result<Cgroup, CgroupError> {
+        let limits = Limits::new(resources, guest_memory);
+        let mut folders = Vec::new();
+        for (controller, mount_point) in &self.v1 {
+            if controller == "cpuset" && limits.cpus.is_none() && limits.mems.is_none() {
+                continue;
+            }
+            let folder = mount_point.join(path);
+            make(&folder)?;
+            if controller == "cpuset" {
+                inherit_cpuset(mount_point, &folder)?;
+            }
+            limits.v1(controller).try_for_each(|(file, value)| write(&folder.join(file), &value))?;
+            // Controllers mounted together share their folder.
+            if !folders.contains(&folder) {
+                folders.push(folder);
+            }
+        }
+        Ok(Cgroup { folders })
+    }
+
+    fn create_v2(
+        &self,
+        path: &Path,
+        resources: Option<&LinuxResources>,
+        guest_memory: u64,
+    ) -> Result<Cgroup, CgroupError> {
+        let Some(mount_point) = &self.v2 else { return Ok(Cgroup { folders: Vec::new() }) };
+        let folder = mount_point.join(path);
+        make(&folder)?;
+        for parent in folder.ancestors().skip(1).take_while(|parent| parent.starts_with(mount_point)) {
+            // A parent with processes of its own cannot hand on controllers; then their limits are the parent's.
+            let _ = fs::write(parent.join("cgroup.subtree_control"), "+cpu +memory +cpuset +io +pids");
+        }
+        let limits = Limits::new(resources, guest_memory);
+        limits
+            .v2()
+            .filter(|(file, _)| folder.join(file).exists())
+            .try_for_each(|(file, value)| write(&folder.join(file), &value))?;
+        Ok(Cgroup { folders: vec![folder] })
+    }
+}
+
+/// A new cpuset of version 1 is empty, and takes no process before it has processors and memory nodes.
+fn inherit_cpuset(mount_point: &Path, folder: &Path) -> Result<(), CgroupError> {
+    let below: Vec<_> = folder.ancestors().take_while(|path| path != &mount_point).collect();
+    for path in below.into_iter().rev() {
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            let own = path.join(file);
+            if fs::read_to_string(&own).is_ok_and(|text| text.trim().is_empty()) {
+                let parent = path.parent().unwrap_or(mount_point).join(file);
+                let value = fs::read_to_string(&parent).map_err(|source| CgroupError { path: parent, source })?;
+                write(&own, value.trim())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The limits that hold on the host.
+struct Limits {
+    shares: Option<u64>,
+    quota: Option<i64>,
+    period: Option<u64>,
+    cpus: Option<String>,
+    mems: Option<String>,
+    memory: Option<i64>,
+}
+
+impl Limits {
+    fn new(resources: Option<&LinuxResources>, guest_memory: u64) -> Self {
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let memory = resources.and_then(|resources| resources.memory().as_ref()).and_then(|memory| memory.limit());
+        let guest_memory = i64::try_from(guest_memory).unwrap_or(i64::MAX);
+        Self {
+            shares: cpu.and_then(|cpu| cpu.shares()).filter(|&shares| shares > 0),
+            quota: cpu.and_then(|cpu| cpu.quota()).filter(|&quota| quota > 0),
+            period: cpu.and_then(|cpu| cpu.period()).filter(|&period| period > 0),
+            cpus: cpu.and_then(|cpu| cpu.cpus().clone()).filter(|cpus| !cpus.is_empty()),
+            mems: cpu.and_then(|cpu| cpu.mems().clone()).filter(|mems| !mems.is_empty()),
+            memory: memory
+                .filter(|&limit| limit > 0)
+                .map(|_| guest_memory.saturating_add(guest_memory / 16).saturating_add(MEMORY_OVERHEAD)),
+        }
+    }
+
+    fn v1(&self, controller: &str) -> impl Iterator<Item = (&'static str, String)> {
+        let text = |number: Option<u64>| number.map(|number| number.to_string());
+        let files = match controller {
+            "cpu" => vec![
+                ("cpu.shares", text(self.shares)),
+                ("cpu.cfs_period_us", text(self.period)),
+                ("cpu.cfs_quota_us", self.quota.map(|quota| quota.to_string())),
+            ],
+            "cpuset" => vec![("cpuset.cpus", self.cpus.clone()), ("cpuset.mems", self.mems.clone())],
+            "memory" => vec![("memory.limit_in_bytes", self.memory.map(|limit| limit.to_string()))],
+            _ => Vec::new(),
+        };
+        files.into_iter().filter_map(|(file, value)| Some((file, value?)))
+    }
+
+    fn v2(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let period = self.period.unwrap_or(100_000);
+        // The mapping of shares (2 to 262,144) to weights (1 to 10,000) that runc and systemd use.
+        let weight = self.shares.map(|shares| 1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142);
+        [
+            ("cpu.weight", weight.map(|weight| weight.to_string())),
+            ("cpu.max", self.quota.map(|quota| format!("{quota} {period}"))),
+            ("cpuset.cpus", self.cpus.clone()),
+            ("cpuset.mems", self.mems.clone()),
+            ("memory.max", self.memory.map(|limit| limit.to_string())),
+        ]
+        .into_iter()
+        .filter_map(|(file, value)| Some((file, value?)))
+    }
+}
+
+fn make(folder: &Path) -> Result<(), CgroupError> {
+    fs::create_dir_all(folder).map_err(|source| CgroupError { path: folder.to_owned(), source })
+}
+
+fn write(path: &Path, value: &str) -> Result<(), CgroupError> {
+    fs::write(path, value).map_err(|source| CgroupError { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(linux: &str) -> Spec {
+        serde_json::from_str(&format!(r#"{{"ociVersion":"1.0.2","linux":{linux}}}"#)).unwrap()
+    }
+
+    #[test]
+    fn paths_stay_below_the_hierarchy() {
+        for (path, expected) in [
+            (r#"{"cgroupsPath":"/docker/abc"}"#, "docker/abc"),
+            (r#"{"cgroupsPath":"system.slice:runvm:abc"}"#, "system.slice/runvm-abc.scope"),
+            (r#"{"cgroupsPath":"/../../etc"}"#, "etc"),
+            ("{}", "runvm-abc"),
+        ] {
+            assert_eq!(relative_path(&spec(path), "abc"), Path::new(expected));
+        }
+    }
+
+    #[test]
+    fn hierarchies_are_read_from_mountinfo() {
+        let found = Hierarchies::parse(
+            "30 24 0:26 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+             31 24 0:27 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer\n\
+             32 24 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n",
+        );
+        let names: Vec<_> = found.v1.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["cpu", "cpuacct"]);
+        assert_eq!(found.v2.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
+    }
+
+    #[test]
+    fn the_host_leaves_room_for_the_vm() {
+        let resources =
+            serde_json::from_str(r#"{"memory":{"limit":67108864},"cpu":{"quota":50000,"shares":1024}}"#).unwrap();
+        let limits = Limits::new(Some(&resources), 256 << 20);
+        assert_eq!(limits.memory, Some((256 << 20) + (16 << 20) + MEMORY_OVERHEAD));
+        let v2: Vec<_> = limits.v2().collect();
+        assert_eq!(v2[0], ("cpu.weight", "39".into()));
+        assert_eq!(v2[1], ("cpu.max", "50000 100000".into()));
+        assert_eq!(limits.v1("pids").count(), 0);
+    }
+
+    #[test]
+    fn a_cgroup_is_made_joined_and_removed() {
+        let id = format!("test-{}", std::process::id());
+        let cgroup = Cgroup::create(&spec("{}"), &id, 1 << 30).unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        cgroup.add(child.id()).unwrap();
+        for folder in cgroup.folders() {
+            assert_eq!(processes(folder).len(), 1, "{}", folder.display());
+        }
+        remove(cgroup.folders()).unwrap();
+        child.wait().unwrap();
+        assert!(cgroup.folders().iter().all(|folder| !folder.exists()));
+    }
+}

@@ -1,0 +1,120 @@
+//! Hooks of the specification that run on the host, with the container's state on their stdin.
+
+use std::io::{self, Read, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use oci_spec::runtime::Hook;
+use thiserror::Error;
+
+use super::process::ProcessIdentity;
+
+/// A hook without a time-out of its own gets this one: nothing waits for ever.
+const LONGEST: Duration = Duration::from_secs(120);
+/// How much of what a failed hook says is told.
+const MAX_OUTPUT: u64 = 4096;
+
+/// A hook that did not do its work.
+#[derive(Debug, Error)]
+pub enum HookError {
+    /// It could not be run.
+    #[error("hook {kind} ({path}) cannot be run", path = path.display())]
+    Run {
+        /// Which kind.
+        kind: &'static str,
+        /// Its program.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It ran and failed.
+    #[error("hook {kind} ({path}) failed: {reason}", path = path.display())]
+    Failed {
+        /// Which kind.
+        kind: &'static str,
+        /// Its program.
+        path: PathBuf,
+        /// How it ended, and what it said.
+        reason: String,
+    },
+}
+
+/// Runs the hooks in order, until one fails. `state` is the container's state as JSON.
+///
+/// # Errors
+/// That of the first hook that fails.
+pub fn run(kind: &'static str, hooks: Option<&Vec<Hook>>, state: &[u8]) -> Result<(), HookError> {
+    hooks.into_iter().flatten().try_for_each(|hook| run_one(kind, hook, state))
+}
+
+fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
+    let path = hook.path().clone();
+    let cannot = |source| HookError::Run { kind, path: path.clone(), source };
+    let failed = |reason| HookError::Failed { kind, path: path.clone(), reason };
+
+    let mut output = tempfile::tempfile().map_err(cannot)?;
+    let mut command = Command::new(hook.path());
+    let args = hook.args().as_deref().unwrap_or_default();
+    if let Some((name, rest)) = args.split_first() {
+        command.arg0(name).args(rest);
+    }
+    command.env_clear();
+    let env = hook.env().as_deref().unwrap_or_default();
+    command.envs(env.iter().filter_map(|entry| entry.split_once('=')));
+    command.stdin(Stdio::piped()).stdout(output.try_clone().map_err(cannot)?);
+    command.stderr(output.try_clone().map_err(cannot)?);
+    let mut child = command.spawn().map_err(cannot)?;
+
+    if let Some(mut stdin) = child.stdin.take() {
+        match stdin.write_all(state) {
+            // A hook need not read it.
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(cannot(error)),
+            _ => {}
+        }
+    }
+    let limit = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).map_or(LONGEST, Duration::from_secs);
+    let ended = ProcessIdentity::of(child.id()).is_none_or(|hook| hook.await_end(limit).unwrap_or(false));
+    if !ended {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(failed(format!("it did not end within {} seconds", limit.as_secs())));
+    }
+    let status = child.wait().map_err(cannot)?;
+    if status.success() {
+        return Ok(());
+    }
+    io::Seek::rewind(&mut output).map_err(cannot)?;
+    let mut said = Vec::new();
+    output.take(MAX_OUTPUT).read_to_end(&mut said).map_err(cannot)?;
+    Err(failed(format!("{status}: {}", String::from_utf8_lossy(&said).trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hook(script: &str, timeout: Option<i64>) -> Vec<Hook> {
+        let timeout = timeout.map(|seconds| format!(r#","timeout":{seconds}"#)).unwrap_or_default();
+        let text = format!(r#"[{{"path":"/bin/sh","args":["sh","-c",{script:?}],"env":["A=b"]{timeout}}}]"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn a_hook_gets_the_state_and_its_environment() {
+        run("prestart", Some(&hook("test \"$(cat)\" = '{state}' && test $A = b", None)), b"{state}").unwrap();
+    }
+
+    #[test]
+    fn a_failing_hook_is_named_with_what_it_said() {
+        let message = run("prestart", Some(&hook("echo no good >&2; exit 3", None)), b"").unwrap_err().to_string();
+        assert!(message.contains("prestart") && message.contains("no good") && message.contains('3'), "{message}");
+    }
+
+    #[test]
+    fn a_hook_that_hangs_is_ended() {
+        let message = run("poststop", Some(&hook("exec sleep 60", Some(1))), b"").unwrap_err().to_string();
+        assert!(message.contains("within 1 seconds"), "{message}");
+    }
+}

@@ -1,0 +1,142 @@
+//! Processes of the host: telling one from a later one with its PID, ending it, and starting one that ends with its
+//! owner.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+
+/// A process, told apart from any later one with the same PID by when it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
+    /// Its PID.
+    pub pid: u32,
+    /// Clock ticks from the machine's boot to its start: field 22 of proc_pid_stat(5).
+    started: u64,
+}
+
+impl ProcessIdentity {
+    /// The identity of a living process.
+    pub fn of(pid: u32) -> Option<Self> {
+        let (started, state) = stat(pid)?;
+        (state != 'Z' && state != 'X').then_some(Self { pid, started })
+    }
+
+    /// Whether it lives; a zombie does not.
+    pub fn alive(&self) -> bool {
+        Self::of(self.pid) == Some(*self)
+    }
+
+    /// Sends a signal; one that is gone is no error.
+    ///
+    /// # Errors
+    /// That of pidfd_send_signal(2).
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let Some(pidfd) = self.pidfd()? else { return Ok(()) };
+        match pidfd_send_signal(pidfd, signal) {
+            Err(rustix::io::Errno::SRCH) => Ok(()),
+            sent => Ok(sent?),
+        }
+    }
+
+    /// Waits until it is gone, for at most `limit`; whether it is.
+    ///
+    /// # Errors
+    /// Those of pidfd_open(2) and poll(2).
+    pub fn await_end(&self, limit: Duration) -> io::Result<bool> {
+        let Some(pidfd) = self.pidfd()? else { return Ok(true) };
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], timeout.as_ref()) {
+                Err(rustix::io::Errno::INTR) => {}
+                ready => return Ok(ready? > 0),
+            }
+        }
+    }
+
+    /// A descriptor of the process; none when it is gone.
+    fn pidfd(&self) -> io::Result<Option<OwnedFd>> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Err(rustix::io::Errno::SRCH) => Ok(None),
+            // Between reading the record and opening, the PID may have gone to another process.
+            pidfd => Ok(Some(pidfd?).filter(|_| self.alive())),
+        }
+    }
+}
+
+/// When a process began, and its state.
+fn stat(pid: u32) -> Option<(u64, char)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, the name in brackets, may hold anything.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    let started = fields.nth(18)?.parse().ok()?;
+    Some((started, state))
+}
+
+/// Makes the kernel kill the command's process when the thread that starts it ends, so that it cannot outlive its
+/// owner.
+pub fn end_with_owner(command: &mut Command) -> &mut Command {
+    let owner = rustix::process::getpid();
+    let arm = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The owner may have ended before the line above.
+        match rustix::process::getppid() {
+            Some(parent) if parent == owner => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(rustix::io::Errno::OWNERDEAD.raw_os_error())),
+        }
+    };
+    // SAFETY: between fork and exec `arm` makes system calls only, it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(arm) }
+}
+
+/// This program, for a process of its own that does another part of the work.
+pub fn own_program() -> Command {
+    Command::new("/proc/self/exe")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_told_from_its_successor() {
+        let own = ProcessIdentity::of(std::process::id()).unwrap();
+        assert!(own.alive());
+        assert!(!ProcessIdentity { started: own.started + 1, ..own }.alive());
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_awaited() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let identity = ProcessIdentity::of(child.id()).unwrap();
+        assert!(!identity.await_end(Duration::from_millis(1)).unwrap());
+        identity.signal(Signal::KILL).unwrap();
+        assert!(identity.await_end(Duration::from_secs(10)).unwrap());
+        child.wait().unwrap();
+        identity.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn a_helper_ends_with_its_owner() {
+        let mut grandchild = Command::new("sleep");
+        grandchild.arg("60");
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let owner = std::thread::spawn(move || {
+            let child = end_with_owner(&mut grandchild).spawn().unwrap();
+            sender.send(child).unwrap();
+        });
+        let mut child = receiver.recv().unwrap();
+        owner.join().unwrap();
+        assert!(!child.wait().unwrap().success());
+    }
+}

@@ -1,0 +1,78 @@
+//! Standing for one process of a guest: signals go in, its terminal follows its size, and its end comes out.
+
+use std::os::fd::OwnedFd;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
+
+use crate::agent::{Agent, AgentError, Exit, Relay};
+use crate::host::terminal;
+
+/// The signals that are passed on. SIGKILL and SIGSTOP cannot be caught: the first one's effect is that the guest's
+/// process loses its lifeline.
+const FORWARDED: [SignalKind; 7] = [
+    SignalKind::hangup(),
+    SignalKind::interrupt(),
+    SignalKind::quit(),
+    SignalKind::user_defined1(),
+    SignalKind::user_defined2(),
+    SignalKind::terminate(),
+    SignalKind::alarm(),
+];
+
+/// A process of a guest.
+#[derive(Clone)]
+pub struct Process {
+    /// The way to it.
+    pub agent: Agent,
+    /// Its container.
+    pub container_id: String,
+    /// Its exec; empty for the container's first process.
+    pub exec_id: String,
+}
+
+/// Stands for the process until it has ended and its output has been written. `terminal` is the one whose size it follows.
+///
+/// # Errors
+/// [`AgentError`] where the guest is gone.
+pub async fn attend(process: Process, relay: Relay, terminal: Option<&OwnedFd>) -> Result<Exit, AgentError> {
+    let relay = relay.start();
+    let mut errands = JoinSet::new();
+    for kind in FORWARDED {
+        if let Ok(signals) = signal(kind) {
+            errands.spawn(forward(process.clone(), signals, kind.as_raw_value()));
+        }
+    }
+    if let Some(Ok(terminal)) = terminal.map(OwnedFd::try_clone) {
+        errands.spawn(follow_size(process.clone(), terminal));
+    }
+    let exit = process.agent.wait_process(&process.container_id, &process.exec_id).await?;
+    relay.drained().await;
+    Ok(exit)
+}
+
+async fn forward(process: Process, mut signals: Signal, number: i32) {
+    let Ok(number) = u32::try_from(number) else { return };
+    while signals.recv().await.is_some() {
+        if let Err(error) = process.agent.signal_process(&process.container_id, &process.exec_id, number, false).await {
+            tracing::debug!("signal {number} is not passed on: {error}");
+        }
+    }
+}
+
+async fn follow_size(process: Process, terminal: OwnedFd) {
+    let Ok(mut changes) = signal(SignalKind::window_change()) else { return };
+    loop {
+        let size = terminal::size(&terminal);
+        if size != terminal::Size::default() {
+            let resized =
+                process.agent.resize_terminal(&process.container_id, &process.exec_id, size.rows, size.columns).await;
+            if let Err(error) = resized {
+                tracing::debug!("the terminal keeps its size: {error}");
+            }
+        }
+        if changes.recv().await.is_none() {
+            return;
+        }
+    }
+}

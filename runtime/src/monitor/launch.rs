@@ -1,0 +1,125 @@
+//! Starting a monitor or an exec's proxy: this program again, with the caller's stdio and its end of the handshake.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+
+use command_fds::{CommandFdExt as _, FdMapping};
+
+use super::handshake::{DESCRIPTOR, Started, ToOwner};
+use crate::error::{Error, Result};
+use crate::host::process::{ProcessIdentity, own_program};
+use crate::log::Format;
+use crate::vmm::probe::Wanted;
+
+/// The options that come before every verb, and are handed down.
+#[derive(Clone, Debug)]
+pub struct Globals {
+    /// The state root.
+    pub root: PathBuf,
+    /// The log file.
+    pub log: Option<PathBuf>,
+    /// The log's format.
+    pub log_format: Format,
+    /// Whether debug lines are logged, and the guest's console is kept.
+    pub debug: bool,
+    /// The accelerator asked for.
+    pub accelerator: Wanted,
+}
+
+impl Globals {
+    /// This program with these options.
+    pub fn command(&self) -> Command {
+        let mut command = own_program();
+        command.args(self.log_options()).arg("--root").arg(&self.root).args(["--accel", self.accelerator.name()]);
+        command
+    }
+
+    /// The options that say where the log goes.
+    pub fn log_options(&self) -> Vec<OsString> {
+        let mut options: Vec<OsString> = vec!["--log-format".into(), self.log_format.name().into()];
+        if let Some(log) = &self.log {
+            options.extend(["--log".into(), log.into()]);
+        }
+        if self.debug {
+            options.push("--debug".into());
+        }
+        options
+    }
+}
+
+/// A started monitor or proxy.
+#[derive(Debug)]
+pub struct Launched {
+    /// The process.
+    pub child: Child,
+    /// The same, for records.
+    pub identity: ProcessIdentity,
+    started: Started,
+}
+
+impl Launched {
+    /// Starts `command`, which is a hidden verb of this program.
+    ///
+    /// # Errors
+    /// [`Error::System`].
+    pub fn start(mut command: Command) -> Result<Self> {
+        let (started, theirs) = Started::pair().map_err(Error::system("make a socket"))?;
+        command
+            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: DESCRIPTOR }])
+            .map_err(|error| Error::system("hand down a socket")(std::io::Error::other(error)))?;
+        let child = command.spawn().map_err(Error::system("start the monitor"))?;
+        // The command holds the child's end of the socket open; with it this side would never see the child's end.
+        drop(command);
+        let identity =
+            ProcessIdentity::of(child.id()).ok_or_else(|| Error::MonitorDied(" before it began".to_owned()))?;
+        Ok(Self { child, identity, started })
+    }
+
+    /// Waits for the process's `Ready`.
+    ///
+    /// # Errors
+    /// The process's own, or [`Error::MonitorDied`].
+    pub fn await_ready(&mut self) -> Result<()> {
+        match self.receive()? {
+            ToOwner::Ready => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Lets the process go on, with what else it must know, and waits until it has created what it is for; the further
+    /// processes of the VM.
+    ///
+    /// # Errors
+    /// The process's own, or [`Error::MonitorDied`].
+    pub fn go(&mut self, parcel: &[u8]) -> Result<Vec<ProcessIdentity>> {
+        // Where it has ended in the meantime, its last message says why.
+        let _ = self.started.go(parcel);
+        match self.receive()? {
+            ToOwner::Created { helpers } => Ok(helpers),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn receive(&mut self) -> Result<ToOwner> {
+        match self.started.receive().map_err(Error::system("listen to the monitor"))? {
+            Some(ToOwner::Failed { message }) => Err(Error::Monitor(message)),
+            Some(message) => Ok(message),
+            None => {
+                let status = self.child.wait().map(|status| format!(" ({status})")).unwrap_or_default();
+                Err(Error::MonitorDied(status))
+            }
+        }
+    }
+
+    /// Ends the process.
+    pub fn kill(&mut self) {
+        // One that has ended needs no killing.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn unexpected(message: &ToOwner) -> Error {
+    Error::MonitorDied(format!(": it said {message:?} out of turn"))
+}

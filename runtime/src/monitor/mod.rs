@@ -1,0 +1,199 @@
+//! The process that stands for the container on the host: the PID that engines are told.
+//!
+//! `create` starts it; it owns the VM, carries the stdio, forwards signals, and ends with the status of the container's
+//! first process. When it ends, however it ends, the VM ends too.
+
+mod attend;
+mod handshake;
+mod launch;
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::process::setsid;
+
+use crate::agent::{Agent, Descriptors, MonitorSocket, Relay, serve_tunnel};
+use crate::bundle::{self, Bundle, GuestSpec, NetworkNamespace};
+use crate::error::{Error, Result, sentence};
+use crate::host::terminal;
+use crate::log;
+use crate::network::namespace;
+use crate::sandbox::{Config, Sandbox, SandboxError, Size};
+use crate::vmm::probe::Wanted;
+
+pub use attend::{Process, attend};
+pub use handshake::{Owner, ToOwner};
+pub use launch::{Globals, Launched};
+use runvm_protocol::agent as wire;
+
+/// The exit status of a container whose VM went away: what a SIGKILL gives.
+const KILLED: u8 = 137;
+
+/// What a monitor is told by its command line.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The container.
+    pub id: String,
+    /// The container's folder in the state root.
+    pub folder: PathBuf,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The socket that gets the terminal's master.
+    pub console_socket: Option<PathBuf>,
+    /// The accelerator asked for.
+    pub accelerator: Wanted,
+    /// Whether the guest's console is written to the container's folder.
+    pub debug: bool,
+    /// The options by which helpers of this program log where the monitor does.
+    pub log_options: Vec<OsString>,
+}
+
+/// Runs a monitor to its end; the status to exit with.
+pub fn main(options: &Options) -> u8 {
+    let mut owner = match Owner::inherited() {
+        Ok(owner) => owner,
+        Err(error) => {
+            tracing::error!("the monitor is started by `runvm create` only: {error}");
+            return 1;
+        }
+    };
+    match stand_for_container(options, &mut owner) {
+        Ok(status) => status,
+        Err(error) => {
+            // Before the container is created its creator tells the user; afterwards nobody listens.
+            if owner.send(&ToOwner::Failed { message: sentence(&error) }).is_err() {
+                tracing::error!("{}", sentence(&error));
+            }
+            match error {
+                Error::Sandbox(SandboxError::Gone(_)) => KILLED,
+                _ => 1,
+            }
+        }
+    }
+}
+
+fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
+    log::stage("monitor main");
+    // The engine's terminal, and signals to its process group, are not the monitor's.
+    setsid().map_err(Error::system("make a session"))?;
+    let bundle = Bundle::load(&options.bundle)?;
+    let guest = bundle::split(&bundle, &options.id)?;
+    enter_network(&bundle.network_namespace())?;
+    let terminal = match &options.console_socket {
+        Some(socket) if bundle.terminal() => Some(controlling_terminal(socket.clone())?),
+        _ => None,
+    };
+    owner.send(&ToOwner::Ready).map_err(Error::system("talk to the creator"))?;
+    owner.await_go().map_err(Error::system("wait for the creator"))?;
+    log::stage("hooks done");
+    single_threaded(run(options, &bundle, guest, terminal, owner))
+}
+
+/// Puts this process, and what it starts, into the container's network namespace.
+fn enter_network(namespace: &NetworkNamespace) -> Result<()> {
+    let entered = match namespace {
+        NetworkNamespace::New => single_threaded(async { Ok(namespace::create().await) })?,
+        NetworkNamespace::Existing(path) => namespace::enter(path),
+        // The bundle's check refuses it.
+        NetworkNamespace::Host => Ok(()),
+    };
+    Ok(entered.map_err(SandboxError::from)?)
+}
+
+/// Runs to the end of `work` on this thread, and leaves threads that still read stdin to the process's end.
+pub fn single_threaded<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::system("start the runtime"))?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_background();
+    result
+}
+
+/// Hands a terminal to the engine, and becomes the process that is told of its size.
+pub fn controlling_terminal(console_socket: PathBuf) -> Result<OwnedFd> {
+    let slave = terminal::for_engine(&console_socket)
+        .map_err(Error::file("send a terminal to --console-socket", console_socket))?;
+    rustix::process::ioctl_tiocsctty(&slave).map_err(Error::system("take the terminal"))?;
+    Ok(slave)
+}
+
+async fn run(
+    options: &Options,
+    bundle: &Bundle,
+    guest: GuestSpec,
+    terminal: Option<OwnedFd>,
+    owner: &mut Owner,
+) -> Result<u8> {
+    let mut sandbox = Sandbox::boot(Config {
+        accelerator: options.accelerator,
+        size: Size::of(&bundle.spec),
+        exports: guest.exports,
+        hostname: bundle.spec.hostname().clone().unwrap_or_default(),
+        engine_resolver: bundle.uses_engine_resolver(),
+        log_options: options.log_options.clone(),
+        console: options.debug.then(|| options.folder.join("console.log")),
+    })
+    .await?;
+    let descriptors = match &terminal {
+        Some(slave) => Descriptors::terminal(slave),
+        None => Descriptors::inherited(bundle.terminal()),
+    };
+    let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
+    let (relay, stdio) = Relay::open(&sandbox.agent, &options.id, descriptors, false).await?;
+    let spec =
+        serde_json::to_vec(&guest.spec).map_err(|error| Error::system("write the guest's specification")(error))?;
+    sandbox
+        .agent
+        .create_container(wire::CreateContainerRequest {
+            container_id: options.id.clone(),
+            spec,
+            stdio: Some(stdio).into(),
+            ..Default::default()
+        })
+        .await?;
+    let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
+    tokio::spawn(serve_tunnel(listener, sandbox.channel()));
+    release_stdio().map_err(Error::system("release the stdio"))?;
+    owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;
+    owner.dismiss();
+    log::stage("container created");
+
+    let process = Process { agent: sandbox.agent.clone(), container_id: options.id.clone(), exec_id: String::new() };
+    tokio::select! {
+        exit = attend(process, relay, terminal.as_ref()) => match exit {
+            Ok(exit) => {
+                log::stage("container ended");
+                Ok(exit.status)
+            }
+            // The channel ends when the VM does: then the VM's end is the better story.
+            Err(error) => Err(match tokio::time::timeout(std::time::Duration::from_secs(5), sandbox.ended()).await {
+                Ok(reason) => SandboxError::Gone(reason).into(),
+                Err(_) => error.into(),
+            }),
+        },
+        reason = sandbox.ended() => Err(SandboxError::Gone(reason).into()),
+    }
+}
+
+/// The relay holds copies of the stdio. The inherited descriptors must not keep a pipe open that the container's process
+/// has closed.
+pub(crate) fn release_stdio() -> io::Result<()> {
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
+}
+
+/// The agent of a running container, for the verbs.
+///
+/// # Errors
+/// [`Error::Agent`] where its monitor does not answer.
+pub async fn connect(folder: &std::path::Path) -> Result<Agent> {
+    Ok(Agent::connect(std::sync::Arc::new(MonitorSocket::of(folder))).await?)
+}

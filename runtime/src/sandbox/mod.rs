@@ -1,0 +1,259 @@
+//! One VM and what hangs on it: the machine, the share and the agent, from boot to end.
+
+mod size;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use runvm_protocol::agent as wire;
+use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
+use thiserror::Error;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader, Interest};
+
+use crate::agent::{Agent, AgentError};
+use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
+use crate::log;
+use crate::network::{self, Network, NetworkError};
+use crate::share::{self, Export, ShareError};
+use crate::vmm::probe::{self, Accelerator, Choice, NoKvm, Wanted};
+use crate::vmm::{Channel, Machine, Nic, Qemu, Vm, Vmm, VmmError, assets::Assets};
+
+pub use size::Size;
+
+/// How long a guest may take from the machine's start to its agent's first answer.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// How much entropy the guest is given, in bytes.
+const ENTROPY: usize = 64;
+/// The longest line of the guest's log that is passed on, in bytes.
+const MAX_LOG_LINE: u64 = 8192;
+/// How much of what the VMM said at its end is told, in bytes.
+const MAX_LAST_WORDS: u64 = 2048;
+
+/// Why there is no sandbox.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// KVM was demanded.
+    #[error(transparent)]
+    NoKvm(#[from] NoKvm),
+    /// No machine.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    /// No share.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// No network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The guest did not come up.
+    #[error("the guest did not boot ({accelerator}): {reason}")]
+    Boot {
+        /// With what.
+        accelerator: Accelerator,
+        /// What was seen.
+        reason: String,
+    },
+    /// The agent refused.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The VMM or the share's daemon ended under a running guest.
+    #[error("the VM is gone: {0}")]
+    Gone(String),
+}
+
+/// What a sandbox is made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The accelerator asked for.
+    pub accelerator: Wanted,
+    /// Processors and memory.
+    pub size: Size,
+    /// The host's files.
+    pub exports: Vec<Export>,
+    /// The guest's host name.
+    pub hostname: String,
+    /// Whether the guest's names are resolved by Docker's resolver.
+    pub engine_resolver: bool,
+    /// The options by which helpers of this program log where this process does.
+    pub log_options: Vec<OsString>,
+    /// Where the guest's console goes.
+    pub console: Option<PathBuf>,
+}
+
+/// A booted VM whose agent answers.
+pub struct Sandbox {
+    vm: Vm,
+    share: share::Daemon,
+    /// The connection to the agent.
+    pub agent: Agent,
+}
+
+impl Sandbox {
+    /// Boots a VM. It must be called in the container's network namespace, whose interfaces are handed on.
+    ///
+    /// # Errors
+    /// [`SandboxError`]; then nothing of the VM is left.
+    pub async fn boot(config: Config) -> Result<Self, SandboxError> {
+        let choice = probe::choose(config.accelerator)?;
+        log::stage("probed");
+        let network = network::scan().await?;
+        log::stage("network scanned");
+        let failure = match Self::boot_with(&config, &network, choice.accelerator).await {
+            Err(SandboxError::Boot { reason, .. })
+                if config.accelerator == Wanted::Auto && choice.accelerator != Accelerator::Tcg =>
+            {
+                reason
+            }
+            booted => return booted,
+        };
+        let Choice { accelerator, reason } = probe::kvm_failed(&failure);
+        tracing::warn!("starting without KVM: {reason}");
+        Self::boot_with(&config, &network, accelerator).await
+    }
+
+    async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
+        let mut program = own_program();
+        program.args(&config.log_options);
+        end_with_owner(&mut program);
+        let mut share = share::spawn(program, &config.exports)?;
+        let mut nics = Vec::new();
+        for interface in &network.interfaces {
+            let tap = network::attach(interface).await?;
+            nics.push(Nic { tap: tap.fd, mac: tap.mac });
+        }
+        log::stage("share and taps made");
+        let mut vm = Qemu::new(Assets::find()).boot(Machine {
+            accelerator,
+            vcpus: config.size.vcpus,
+            memory: config.size.memory,
+            share: share.connect()?,
+            nics,
+            console: config.console.clone(),
+        })?;
+        log::stage("vmm started");
+        let configured = tokio::select! {
+            configured = tokio::time::timeout(BOOT_LIMIT, configure(config, network, vm.channel.clone())) => configured,
+            reason = last_words(&mut vm) => return Err(SandboxError::Boot { accelerator, reason }),
+        };
+        let agent = match configured {
+            Ok(Err(AgentError::Channel(_))) => {
+                let reason = match tokio::time::timeout(Duration::from_secs(5), last_words(&mut vm)).await {
+                    Ok(reason) => reason,
+                    Err(_) => "its agent closed the channel".to_owned(),
+                };
+                return Err(SandboxError::Boot { accelerator, reason });
+            }
+            Ok(agent) => agent?,
+            Err(_) => {
+                let reason = format!("no answer of its agent within {} s", BOOT_LIMIT.as_secs());
+                return Err(SandboxError::Boot { accelerator, reason });
+            }
+        };
+        log::stage("guest ready");
+        Ok(Self { vm, share, agent })
+    }
+
+    /// The processes that make up the VM.
+    pub fn processes(&self) -> Vec<ProcessIdentity> {
+        std::iter::once(self.vm.identity).chain(ProcessIdentity::of(self.share.pid())).collect()
+    }
+
+    /// The way to the agent.
+    pub fn channel(&self) -> Arc<dyn Channel> {
+        self.vm.channel.clone()
+    }
+
+    /// Waits until the VM is no more; why, as a clause.
+    pub async fn ended(&mut self) -> String {
+        tokio::select! {
+            reason = last_words(&mut self.vm) => reason,
+            () = ended(&self.share) => "its virtio-fs daemon ended".to_owned(),
+        }
+    }
+}
+
+async fn ended(share: &share::Daemon) {
+    // Where the descriptor cannot be watched, the VMM shows the end: it does not outlive its share's connection for long.
+    // SAFETY: the descriptor stays open and the same as long as `share` is borrowed, which outlives the registration.
+    match unsafe { AsyncFd::register_with_interest(share.pidfd(), Interest::READABLE) } {
+        Ok(pidfd) => drop(pidfd.readable().await),
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// The agent's first answers.
+async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>) -> Result<Agent, AgentError> {
+    let agent = Agent::connect(channel).await?;
+    let mut entropy = vec![0; ENTROPY];
+    rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| AgentError::Channel(error.into()))?;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    agent
+        .configure_sandbox(wire::ConfigureSandboxRequest {
+            hostname: config.hostname.clone(),
+            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            entropy,
+            shares: vec![wire::Share {
+                tag: SHARE_TAG.to_owned(),
+                mount_point: SHARE_MOUNT_POINT.to_owned(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        })
+        .await?;
+    log::stage("agent answers");
+    tokio::spawn(pass_on_log(agent.clone()));
+    agent.configure_network(network.into()).await?;
+    if config.engine_resolver {
+        let stream = agent.open(ports::DNS).await?;
+        tokio::spawn(async move {
+            if let Err(error) = network::dns::relay(stream).await {
+                tracing::debug!("name look-ups of the guest end: {error}");
+            }
+        });
+    }
+    Ok(agent)
+}
+
+/// Writes the guest's log into ours, each line marked as the guest's. What it says is not believed.
+async fn pass_on_log(agent: Agent) {
+    let Ok(stream) = agent.open(ports::LOG).await else { return };
+    let mut lines = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut lines).take(MAX_LOG_LINE).read_until(b'\n', &mut line).await {
+            Ok(1..) => {}
+            _ => return,
+        }
+        let parsed: serde_json::Value = serde_json::from_slice(&line).unwrap_or_default();
+        let text = |field: &str| parsed.get(field).and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+        let guest_us = parsed.get("guest_us").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let (message, stage) = (text("message"), text("stage"));
+        match text("level").as_str() {
+            // An error of the guest's is no error of the command, whose last one engines show.
+            "error" | "warn" => tracing::warn!(guest_us, "guest: {message}"),
+            _ if stage.is_empty() => tracing::debug!(guest_us, "guest: {message}"),
+            _ => tracing::debug!(guest_us, stage, mono_us = log::monotonic_us(), "guest: {message}"),
+        }
+    }
+}
+
+/// Waits for the VMM's end; how it ended and what it said.
+async fn last_words(vm: &mut Vm) -> String {
+    let status = vm.process.wait().await;
+    let mut said = Vec::new();
+    if let Some(stderr) = vm.process.stderr.take() {
+        let mut stderr = stderr.take(MAX_LAST_WORDS);
+        // A descendant may hold the pipe open: what is there is read, no more is waited for.
+        let _ = tokio::time::timeout(Duration::from_secs(1), stderr.read_to_end(&mut said)).await;
+    }
+    let said = String::from_utf8_lossy(&said).replace(char::is_control, " ");
+    match status {
+        Ok(status) if said.trim().is_empty() => format!("the VMM ended ({status})"),
+        Ok(status) => format!("the VMM ended ({status}): {}", said.trim()),
+        Err(error) => format!("the VMM cannot be waited for: {error}"),
+    }
+}

@@ -1,0 +1,110 @@
+//! How large a VM is: it follows the container's limits.
+//!
+//! Processors: as many as the CPU quota or the cpuset needs, rounded up; without either, as many as the host has.
+//! Memory: the container's limit and what the guest's kernel needs beside it; without a limit 2 GiB, or the host's
+//! memory where that is less. The host gives a page only when the guest first touches it.
+
+use std::fs;
+
+use oci_spec::runtime::Spec;
+
+const MIB: u64 = 1 << 20;
+/// What the guest needs besides its containers.
+const GUEST_OVERHEAD: u64 = 128 * MIB;
+/// Without a limit.
+const DEFAULT_MEMORY: u64 = 2048 * MIB;
+/// The kernel's `CONFIG_NR_CPUS`.
+const MAX_VCPUS: u32 = 8;
+
+/// A VM's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Bytes of memory, a multiple of 1 MiB.
+    pub memory: u64,
+}
+
+impl Size {
+    /// The size for a container.
+    pub fn of(spec: &Spec) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
+        Self::on(spec, processors, host_memory())
+    }
+
+    fn on(spec: &Spec, host_processors: u32, host_memory: u64) -> Self {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let quota = cpu.and_then(|cpu| {
+            let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
+            let period = cpu.period().filter(|&period| period > 0).unwrap_or(100_000);
+            u32::try_from(quota.div_ceil(period)).ok()
+        });
+        let set = cpu.and_then(|cpu| count_cpus(cpu.cpus().as_deref()?));
+        let vcpus = [quota, set].into_iter().flatten().fold(host_processors, u32::min).clamp(1, MAX_VCPUS);
+
+        let limit = resources
+            .and_then(|resources| resources.memory().as_ref())
+            .and_then(|memory| u64::try_from(memory.limit()?).ok())
+            .filter(|&limit| limit > 0);
+        let memory = match limit {
+            // A limit beyond the host's memory is as good as none, but larger than the default all the same.
+            Some(limit) => limit.min(host_memory).saturating_add(GUEST_OVERHEAD),
+            None => DEFAULT_MEMORY.min(host_memory),
+        };
+        Self { vcpus, memory: memory.div_ceil(MIB) * MIB }
+    }
+}
+
+/// The number of processors in a list such as `0-2,7`.
+fn count_cpus(list: &str) -> Option<u32> {
+    let mut count = 0u32;
+    for range in list.trim().split(',').filter(|range| !range.is_empty()) {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u32, u32) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
+    }
+    (count > 0).then_some(count)
+}
+
+fn host_memory() -> u64 {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib = info
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.map_or(DEFAULT_MEMORY, |kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(resources: &str) -> Size {
+        let text = format!(r#"{{"ociVersion":"1.0.2","linux":{{"resources":{resources}}}}}"#);
+        Size::on(&serde_json::from_str(&text).unwrap(), 4, 16 << 30)
+    }
+
+    #[test]
+    fn without_limits_the_defaults_hold() {
+        assert_eq!(size("{}"), Size { vcpus: 4, memory: 2 << 30 });
+    }
+
+    #[test]
+    fn limits_are_followed() {
+        for (resources, vcpus) in [
+            (r#"{"cpu":{"quota":150000,"period":100000}}"#, 2),
+            (r#"{"cpu":{"quota":50000}}"#, 1),
+            (r#"{"cpu":{"quota":-1}}"#, 4),
+            (r#"{"cpu":{"cpus":"0-1,3"}}"#, 3),
+            (r#"{"cpu":{"cpus":"0-1,3","quota":100000,"period":100000}}"#, 1),
+            (r#"{"cpu":{"quota":9900000,"period":100000}}"#, 4),
+            (r#"{"cpu":{"cpus":"3-1"}}"#, 4),
+        ] {
+            assert_eq!(size(resources).vcpus, vcpus, "{resources}");
+        }
+        assert_eq!(size(r#"{"memory":{"limit":67108864}}"#).memory, 192 * MIB);
+        assert_eq!(size(r#"{"memory":{"limit":67108865}}"#).memory, 193 * MIB);
+        assert_eq!(size(r#"{"memory":{"limit":-1}}"#).memory, 2 << 30);
+        assert_eq!(size(r#"{"memory":{"limit":9000000000000000000}}"#).memory, (16 << 30) + GUEST_OVERHEAD);
+    }
+}

@@ -1,0 +1,260 @@
+//! QEMU's microvm machine: virtio-mmio devices only, and no firmware to wait for.
+
+use std::env;
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use command_fds::{CommandFdExt as _, FdMapping};
+use runvm_protocol::mux;
+use runvm_protocol::{SERIAL_PORT_NAME, SHARE_TAG};
+use tokio::process::Command;
+
+use super::assets::Assets;
+use super::probe::{Accelerator, Kvm};
+use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError};
+use crate::host::process::{ProcessIdentity, end_with_owner};
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// The first descriptor number that QEMU gets for its connections; those below are its stdio.
+const FIRST_FD: i32 = 3;
+
+/// The backend over the distribution's QEMU.
+#[derive(Debug)]
+pub struct Qemu {
+    assets: Assets,
+}
+
+impl Qemu {
+    /// The backend that boots these kernels.
+    pub fn new(assets: Assets) -> Self {
+        Self { assets }
+    }
+
+    /// Whether the program is there.
+    pub fn installed() -> bool {
+        let path = env::var_os("PATH").unwrap_or_default();
+        env::split_paths(&path).any(|folder| folder.join(PROGRAM).is_file())
+    }
+}
+
+impl Vmm for Qemu {
+    fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
+        let kernel = self.assets.kernel(machine.accelerator)?;
+        let initramfs = self.assets.initramfs()?;
+        if !Self::installed() {
+            return Err(VmmError::Program { program: PROGRAM, package: "qemu-system-x86" });
+        }
+        let (ours, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
+        let mut arguments = Arguments::default();
+        arguments.machine(&machine, &kernel, &initramfs);
+        arguments.channel(theirs.into());
+        arguments.share(machine.share);
+        for nic in machine.nics {
+            arguments.nic(nic.tap, nic.mac);
+        }
+        let mut command = Command::new(PROGRAM);
+        command.args(&arguments.list);
+        command
+            .as_std_mut()
+            .fd_mappings(arguments.descriptors)
+            .map_err(|error| VmmError::Start(io::Error::other(error)))?;
+        end_with_owner(command.as_std_mut());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.kill_on_drop(true);
+        let process = command.spawn().map_err(VmmError::Start)?;
+        let identity = process.id().and_then(ProcessIdentity::of);
+        let identity = identity.ok_or_else(|| VmmError::Start(io::Error::other("it ended at once")))?;
+
+        ours.set_nonblocking(true).map_err(VmmError::Start)?;
+        let ours = tokio::net::UnixStream::from_std(ours).map_err(VmmError::Start)?;
+        let (opener, driver) = mux::host(ours);
+        tokio::spawn(async move {
+            if let Err(error) = driver.run().await {
+                tracing::debug!("the channel to the guest ended: {error}");
+            }
+        });
+        Ok(Vm { process, identity, channel: Arc::new(SerialChannel(opener)) })
+    }
+}
+
+/// Streams over the one virtio-serial port.
+struct SerialChannel(mux::Opener);
+
+#[async_trait]
+impl Channel for SerialChannel {
+    async fn open(&self) -> io::Result<ByteStream> {
+        Ok(Box::new(self.0.open().await?))
+    }
+}
+
+/// QEMU's command line, and the descriptors that it speaks of.
+#[derive(Default)]
+struct Arguments {
+    list: Vec<String>,
+    descriptors: Vec<FdMapping>,
+}
+
+impl Arguments {
+    fn add(&mut self, words: &[&str]) {
+        self.list.extend(words.iter().map(|&word| word.to_owned()));
+    }
+
+    /// Hands a descriptor to QEMU, and says by which number.
+    fn descriptor(&mut self, parent_fd: OwnedFd) -> i32 {
+        let child_fd = FIRST_FD + i32::try_from(self.descriptors.len()).unwrap_or(i32::MAX - FIRST_FD);
+        self.descriptors.push(FdMapping { parent_fd, child_fd });
+        child_fd
+    }
+
+    fn machine(&mut self, machine: &Machine, kernel: &Path, initramfs: &Path) {
+        let (accelerator, processor) = match machine.accelerator {
+            Accelerator::Kvm(Kvm::Ordinary) => ("kvm", "host"),
+            // With this feature QEMU asks a PVM host for a register that it does not have, and aborts.
+            Accelerator::Kvm(Kvm::Pvm) => ("kvm", "host,-arch-capabilities"),
+            Accelerator::Tcg => ("tcg,thread=multi", "max"),
+        };
+        let megabytes = machine.memory >> 20;
+        let serial = if machine.console.is_some() { "on" } else { "off" };
+        self.add(&[
+            "-accel",
+            accelerator,
+            "-M",
+            &format!(
+                "microvm,memory-backend=memory,x-option-roms=off,isa-serial={serial},rtc=off,pit=off,pic=off,acpi=off"
+            ),
+            "-cpu",
+            processor,
+            "-smp",
+            &machine.vcpus.to_string(),
+            "-m",
+            &format!("{megabytes}M"),
+            "-object",
+            &format!("memory-backend-memfd,id=memory,size={megabytes}M,share=on"),
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+            "-global",
+            "virtio-mmio.force-legacy=false",
+            "-kernel",
+            &kernel.to_string_lossy(),
+            "-initrd",
+            &initramfs.to_string_lossy(),
+            "-append",
+            &command_line(machine),
+            "-object",
+            "rng-builtin,id=rng",
+            "-device",
+            "virtio-rng-device,rng=rng",
+        ]);
+        if let Some(console) = &machine.console {
+            self.add(&["-serial", &format!("file:{}", console.display())]);
+        }
+    }
+
+    fn channel(&mut self, socket: OwnedFd) {
+        let socket = self.descriptor(socket);
+        self.add(&[
+            "-chardev",
+            &format!("socket,id=agent,fd={socket}"),
+            "-device",
+            // Each port that could be makes two queues, which the guest sets up with slow register exits.
+            "virtio-serial-device,max_ports=2",
+            "-device",
+            &format!("virtserialport,nr=1,chardev=agent,name={SERIAL_PORT_NAME}"),
+        ]);
+    }
+
+    fn share(&mut self, socket: OwnedFd) {
+        let socket = self.descriptor(socket);
+        self.add(&[
+            "-chardev",
+            &format!("socket,id=share,fd={socket}"),
+            "-device",
+            &format!("vhost-user-fs-device,chardev=share,tag={SHARE_TAG},queue-size=1024"),
+        ]);
+    }
+
+    fn nic(&mut self, tap: OwnedFd, mac: [u8; 6]) {
+        let tap = self.descriptor(tap);
+        let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+        self.add(&[
+            "-netdev",
+            &format!("tap,id=net{tap},fd={tap},vhost=off"),
+            "-device",
+            &format!("virtio-net-device,netdev=net{tap},mac={mac}"),
+        ]);
+    }
+}
+
+/// The guest kernel's command line; docs/kernel.md has what each word saves.
+fn command_line(machine: &Machine) -> String {
+    let mut words = vec!["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on"];
+    if machine.console.is_some() {
+        words.extend(["console=ttyS0", "runvm.log=debug"]);
+    } else {
+        words.push("quiet");
+    }
+    let khz = processor_khz();
+    let clock = format!("tsc_early_khz={khz} lpj={} no_timer_check", khz * 4);
+    if machine.accelerator == Accelerator::Tcg && khz > 0 {
+        // Otherwise the guest measures its clock against the PIT, and fails on a busy host.
+        words.push(&clock);
+    }
+    words.join(" ")
+}
+
+/// The host's clock rate in kHz, which TCG shows its guests as the TSC's; 0 where it is not known.
+fn processor_khz() -> u64 {
+    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mhz = info.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok());
+    mhz.map_or(0, |mhz| (mhz * 1000.0) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd as _;
+
+    fn machine(accelerator: Accelerator, console: Option<&str>) -> Machine {
+        let (share, _) = UnixStream::pair().unwrap();
+        Machine {
+            accelerator,
+            vcpus: 2,
+            memory: 512 << 20,
+            share: share.into(),
+            nics: Vec::new(),
+            console: console.map(Into::into),
+        }
+    }
+
+    #[test]
+    fn each_descriptor_gets_a_number_of_its_own() {
+        let mut arguments = Arguments::default();
+        let (a, b) = UnixStream::pair().unwrap();
+        arguments.channel(a.into());
+        arguments.nic(b.into(), [2, 0, 0, 0, 0, 0xff]);
+        let line = arguments.list.join(" ");
+        assert!(line.contains("socket,id=agent,fd=3") && line.contains("tap,id=net4,fd=4"), "{line}");
+        assert!(line.contains("mac=02:00:00:00:00:ff"), "{line}");
+        assert_eq!(arguments.descriptors.len(), 2);
+        assert!(arguments.descriptors.iter().all(|mapping| mapping.parent_fd.as_raw_fd() >= 0));
+    }
+
+    #[test]
+    fn the_console_costs_nothing_unless_it_is_asked_for() {
+        let quiet = command_line(&machine(Accelerator::Kvm(Kvm::Pvm), None));
+        assert!(quiet.contains("quiet") && !quiet.contains("console="), "{quiet}");
+        let loud = command_line(&machine(Accelerator::Tcg, Some("/tmp/console")));
+        assert!(loud.contains("console=ttyS0") && !loud.contains("quiet"), "{loud}");
+    }
+}
