@@ -32,9 +32,10 @@ impl Census {
         found.extend(mounts()?);
         found.extend(links()?);
         found.extend(cgroups()?);
-        for root in ["/run", "/tmp", "/dev/shm"] {
+        for root in ["/run", "/dev/shm"] {
             files(Path::new(root), &mut found);
         }
+        files(&std::env::temp_dir(), &mut found);
         Ok(Self(found))
     }
 
@@ -121,8 +122,11 @@ fn processes() -> Result<impl Iterator<Item = String>> {
 
 /// Mounts of this namespace: bound network namespaces are among them.
 fn mounts() -> Result<Vec<String>> {
+    /// Docker's handle on the host's own network namespace, which it never lets go.
+    const OF_DOCKER: &str = "/run/rvm/docker/netns/default";
     let mounts = fs::read_to_string("/proc/self/mounts")?;
-    Ok(mounts.lines().map(|line| format!("mount {line}")).collect())
+    let ours = mounts.lines().filter(|line| line.split(' ').nth(1) != Some(OF_DOCKER));
+    Ok(ours.map(|line| format!("mount {line}")).collect())
 }
 
 fn links() -> Result<Vec<String>> {
@@ -155,13 +159,18 @@ fn folders(path: &Path) -> Vec<PathBuf> {
     entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path()).collect()
 }
 
+/// Whether a path lies in a folder that an engine gave to its runtime for its state.
+fn of_a_runtime(path: &Path) -> bool {
+    let Some(owner) = path.parent().and_then(Path::parent).and_then(Path::file_name) else { return false };
+    let owner = owner.to_string_lossy();
+    owner == "runc" || owner.starts_with("runtime-")
+}
+
 fn files(folder: &Path, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
-        if OF_ENGINES.iter().any(|known| path.starts_with(known)) {
-            continue;
-        }
-        if !OF_RUNVM.iter().any(|known| path == Path::new(known)) {
+        let of_engine = OF_ENGINES.iter().any(|known| path.starts_with(known)) && !of_a_runtime(&path);
+        if !of_engine && !OF_RUNVM.iter().any(|known| path == Path::new(known)) {
             found.insert(format!("file {}", path.display()));
         }
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

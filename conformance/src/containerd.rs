@@ -1,1 +1,197 @@
-//! x
+//! A private containerd, and the handle that its cases get.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::command::{Cmd, eventually};
+use crate::enclosure::Enclosure;
+use crate::engine::Daemon;
+use crate::image;
+use crate::runtime::Runtime;
+use crate::suite::{Handle, next_number};
+
+const IMAGE: &str = "rvm.example/busybox:latest";
+
+/// The daemon with its image.
+pub struct Engine {
+    _daemon: Daemon,
+    socket: PathBuf,
+    /// containerd's name for a world of its own; `ctr` makes it the parent of cgroups too.
+    namespace: String,
+    folder: PathBuf,
+}
+
+impl Engine {
+    /// Starts the daemon in the suite's private world.
+    pub fn start(enclosure: &Enclosure) -> Result<Self> {
+        let folder = enclosure.work().join("containerd");
+        std::fs::create_dir_all(&folder)?;
+        let socket = enclosure.sockets().join("containerd.sock");
+        let config = folder.join("config.toml");
+        let text = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\"]\n\
+             [grpc]\naddress = {socket:?}\n",
+            folder.join("root"),
+            enclosure.sockets().join("containerd"),
+        );
+        std::fs::write(&config, text)?;
+        let namespace = enclosure.cgroup().trim_start_matches('/').to_owned();
+        let daemon = Cmd::new("/usr/bin/containerd").arg("--config").arg(config);
+        let daemon = Daemon::start(daemon, &folder.join("log"), || client(&socket, &namespace).arg("version"))?;
+        let engine = Self { _daemon: daemon, socket, namespace, folder };
+        engine.ctr().args(["image", "import"]).arg(engine.archive()?).ok()?;
+        Ok(engine)
+    }
+
+    fn ctr(&self) -> Cmd {
+        client(&self.socket, &self.namespace)
+    }
+
+    /// The image in the form that `docker save` gives.
+    fn archive(&self) -> Result<PathBuf> {
+        let folder = self.folder.join("image");
+        std::fs::create_dir(&folder)?;
+        std::fs::copy(image::tar(image::BUSYBOX)?, folder.join("layer.tar"))?;
+        let sum = Cmd::new("sha256sum").arg(folder.join("layer.tar")).ok()?;
+        let sum = sum.text().split(' ').next().context("sha256sum prints a sum")?;
+        let config = json!({
+            "os": "linux",
+            "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
+            "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
+            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
+        });
+        let manifest = json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
+        std::fs::write(folder.join("config.json"), config.to_string())?;
+        std::fs::write(folder.join("manifest.json"), manifest.to_string())?;
+        let archive = self.folder.join("image.tar");
+        Cmd::new("tar").arg("--create").arg("--file").arg(&archive).arg("--directory").arg(&folder).arg(".").ok()?;
+        Ok(archive)
+    }
+}
+
+fn client(socket: &Path, namespace: &str) -> Cmd {
+    Cmd::new("/usr/bin/ctr").arg("--address").arg(socket).args(["--namespace", namespace])
+}
+
+/// One runtime behind containerd's shim for runc, for one run of one case.
+pub struct Ctr {
+    engine: Arc<Engine>,
+    tag: String,
+    program: PathBuf,
+}
+
+impl Ctr {
+    /// A handle for one run of a case.
+    pub fn open(engine: &Arc<Engine>, runtime: Runtime) -> Result<Self> {
+        let program = match runtime {
+            Runtime::Runc | Runtime::Kvm => runtime.program(),
+            Runtime::Tcg => script(&engine.folder, runtime)?,
+        };
+        Ok(Self { engine: Arc::clone(engine), tag: format!("rvm-{}", next_number()), program })
+    }
+
+    /// The client with these words, separated by blanks.
+    pub fn ctr(&self, words: &str) -> Cmd {
+        self.engine.ctr().args(words.split_whitespace())
+    }
+
+    /// `ctr run` of the small image; options are separated by blanks.
+    fn create_and_run(&self, options: &str, command: &[&str]) -> (String, Cmd) {
+        let id = format!("{}-{}", self.tag, next_number());
+        let cmd = self
+            .ctr("run --runc-binary")
+            .arg(&self.program)
+            .args(options.split_whitespace())
+            .args([IMAGE, &id])
+            .args(command);
+        (id, cmd)
+    }
+
+    /// `ctr run --rm`: a container in the foreground.
+    pub fn run(&self, options: &str, command: &[&str]) -> Cmd {
+        self.create_and_run(&format!("--rm {options}"), command).1
+    }
+
+    /// `ctr run --rm` of a shell script.
+    pub fn sh(&self, options: &str, script: &str) -> Cmd {
+        self.run(options, &["sh", "-c", script])
+    }
+
+    /// `ctr run --detach`: a container that stays until the case ends.
+    pub fn start(&self, options: &str, command: &[&str]) -> Result<Task<'_>> {
+        let (id, cmd) = self.create_and_run(&format!("--detach {options}"), command);
+        cmd.ok()?;
+        Ok(Task { ctr: self, id })
+    }
+}
+
+/// A program that calls a runtime with its options, for a place that takes a program only.
+fn script(folder: &Path, runtime: Runtime) -> Result<PathBuf> {
+    let path = folder.join(runtime.name());
+    if !path.exists() {
+        let text = format!("#!/bin/sh\nexec {} {} \"$@\"\n", runtime.program().display(), runtime.options().join(" "));
+        let draft = folder.join(format!("{}-{}", runtime.name(), next_number()));
+        std::fs::write(&draft, text)?;
+        std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755))?;
+        std::fs::rename(&draft, &path)?;
+    }
+    Ok(path)
+}
+
+impl Handle for Ctr {
+    fn close(self) -> Result<()> {
+        let list = self.ctr("container ls --quiet").ok()?;
+        for id in list.stdout.lines().filter(|id| id.starts_with(&format!("{}-", self.tag))) {
+            // There may be no task any more; a container with one is not removed.
+            self.ctr("task rm --force").arg(id).run()?;
+            self.ctr("container rm").arg(id).ok()?;
+        }
+        Ok(())
+    }
+}
+
+/// A running container of a case.
+pub struct Task<'a> {
+    ctr: &'a Ctr,
+    /// Its ID.
+    pub id: String,
+}
+
+impl Task<'_> {
+    /// `ctr task` with these words, then the container's ID.
+    pub fn task(&self, words: &str) -> Cmd {
+        self.ctr.ctr("task").args(words.split_whitespace()).arg(&self.id)
+    }
+
+    /// `ctr task rm`: the exit code that it tells of; it is silent about 0.
+    pub fn remove(&self) -> Result<i32> {
+        let output = self.task("rm").ok()?;
+        let code = output.stderr.rsplit_once("exit code ").map_or("0", |(_, rest)| rest);
+        let digits: String = code.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().with_context(|| format!("`ctr task rm` says {:?}", output.stderr))
+    }
+
+    /// `ctr task exec`; options are separated by blanks.
+    pub fn exec(&self, options: &str, command: &[&str]) -> Cmd {
+        self.task(&format!("exec --exec-id e{} {options}", next_number())).args(command)
+    }
+
+    /// What `ctr task ls` says of it: CREATED, RUNNING, PAUSED, STOPPED; nothing if it is not listed.
+    pub fn status(&self) -> Result<String> {
+        let list = self.ctr.ctr("task ls").ok()?;
+        let line = list.stdout.lines().find(|line| line.split_whitespace().next() == Some(&self.id));
+        Ok(line.and_then(|line| line.split_whitespace().nth(2)).unwrap_or_default().to_owned())
+    }
+
+    /// Waits until the status is this.
+    pub fn expect_status(&self, status: &str) -> Result<()> {
+        eventually(std::time::Duration::from_secs(30), &format!("the status {status}"), || {
+            Ok((self.status()? == status).then_some(()))
+        })
+    }
+}

@@ -94,6 +94,7 @@ fn start() -> Result<ExitCode> {
         .args(std::env::args_os().skip(1))
         .env(WORK, &work)
         .env("PATH", engine_path())
+        .env("TMPDIR", work.join("tmp"))
         .spawn()
         .context("cannot start `unshare` of util-linux")?;
     let pid = Pid::from_child(&child);
@@ -133,8 +134,10 @@ fn engine_path() -> OsString {
 /// The inner process: makes the private world usable.
 fn enter(work: PathBuf) -> Result<Enclosure> {
     // State folders and sockets of engines and runtimes all live under /run.
-    mount("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(c"mode=755"))
-        .context("cannot mount a private /run")?;
+    for (place, mode) in [("/run", c"mode=755"), ("/dev/shm", c"mode=1777")] {
+        mount("tmpfs", place, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(mode))
+            .with_context(|| format!("cannot mount a private {place}"))?;
+    }
     Cmd::new("ip").args(["link", "set", "lo", "up"]).ok()?;
     let enclosure = Enclosure { work };
     fs::create_dir_all(enclosure.sockets())?;
@@ -147,7 +150,7 @@ fn fresh_work_folder() -> Result<PathBuf> {
     let base = program.parent().context("a program lies in a folder")?;
     sweep(base);
     let work = base.join(format!("{PREFIX}{}", std::process::id()));
-    fs::create_dir(&work).with_context(|| format!("cannot create {}", work.display()))?;
+    fs::create_dir_all(work.join("tmp")).with_context(|| format!("cannot create {}", work.display()))?;
     Ok(work)
 }
 
