@@ -5,7 +5,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
 use serde_json::{Map, Value, json};
@@ -33,11 +34,54 @@ impl Format {
     }
 }
 
-/// Sends the log of this process to `file` (appended; created where it is missing), or to stderr.
+/// Where a log goes, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Appended to, created where it is missing; stderr without.
+    pub file: Option<PathBuf>,
+    /// How a line is written.
+    pub format: Format,
+    /// Whether debug lines are written too.
+    pub debug: bool,
+}
+
+impl Options {
+    /// Makes another process of this program log to the same place.
+    pub fn hand_down(&self, command: &mut Command) {
+        if let Some(file) = &self.file {
+            command.arg("--log").arg(file);
+        }
+        self.hand_down_form(command);
+    }
+
+    /// The same for a process that can open no file: it writes to its stderr, which is the log.
+    ///
+    /// # Errors
+    /// Those of opening the file.
+    pub fn hand_down_as_stderr(&self, command: &mut Command) -> io::Result<()> {
+        self.hand_down_form(command);
+        // A helper must not hold the stderr of an engine or a user open.
+        command.stderr(match &self.file {
+            Some(file) => Stdio::from(open(file)?),
+            None => Stdio::null(),
+        });
+        Ok(())
+    }
+
+    fn hand_down_form(&self, command: &mut Command) {
+        command.args(["--log-format", self.format.name()]);
+        if self.debug {
+            command.arg("--debug");
+        }
+    }
+}
+
+/// Sends the log of this process to where the options say.
 ///
 /// # Errors
 /// Those of opening the file.
-pub fn init(file: Option<&Path>, format: Format, debug: bool) -> io::Result<()> {
+pub fn init(options: &Options) -> io::Result<()> {
+    let Options { file, format, debug } = options;
     let out: Box<dyn Write + Send> = match file {
         Some(path) => Box::new(open(path)?),
         None => Box::new(io::stderr()),
@@ -48,7 +92,7 @@ pub fn init(file: Option<&Path>, format: Format, debug: bool) -> io::Result<()> 
         (false, Some(_)) => Level::INFO,
         (false, None) => Level::WARN,
     };
-    let layer = Lines { out: Mutex::new(out), format, threshold };
+    let layer = Lines { out: Mutex::new(out), format: *format, threshold };
     // A second call in one process keeps the first log.
     let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer));
     Ok(())

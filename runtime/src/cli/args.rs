@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::container::{Changes, Create, Exec, ProcessSource};
 use crate::error::{Error, Result};
-use crate::log::Format;
+use crate::log::{self, Format};
 use crate::monitor::{Globals, Options};
 use crate::vmm::probe::Wanted;
 
@@ -32,9 +32,12 @@ pub struct Cli {
     /// How the log is written.
     #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
     log_format: Format,
-    /// Log stages and decisions, and keep the guest's console in the container's folder.
+    /// Log stages and decisions.
     #[arg(long)]
     debug: bool,
+    /// File that the guest kernel's console is written to, and the guest's agent logs its decisions; makes the boot slower.
+    #[arg(long, value_name = "FILE", env = "RUNVM_GUEST_CONSOLE")]
+    guest_console: Option<PathBuf>,
     /// Accepted for runc's sake: cgroup paths in systemd's form are understood without it.
     #[arg(long)]
     systemd_cgroup: bool,
@@ -54,10 +57,9 @@ impl Cli {
     pub fn globals(&self) -> Globals {
         Globals {
             root: self.root.clone(),
-            log: self.log.clone(),
-            log_format: self.log_format,
-            debug: self.debug,
+            log: log::Options { file: self.log.clone(), format: self.log_format, debug: self.debug },
             accelerator: self.accel,
+            guest_console: self.guest_console.clone(),
         }
     }
 }
@@ -315,8 +317,8 @@ impl MonitorArgs {
             bundle: self.bundle,
             console_socket: self.console_socket,
             accelerator: globals.accelerator,
-            debug: globals.debug,
-            log_options: globals.log_options(),
+            log: globals.log.clone(),
+            guest_console: globals.guest_console.clone(),
         }
     }
 }

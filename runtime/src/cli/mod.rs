@@ -33,8 +33,8 @@ pub fn main() -> ExitCode {
         }
     };
     let globals = cli.globals();
-    if let Err(error) = log::init(globals.log.as_deref(), globals.log_format, globals.debug) {
-        let path = globals.log.unwrap_or_default();
+    if let Err(error) = log::init(&globals.log) {
+        let path = globals.log.file.unwrap_or_default();
         eprintln!("runvm: cannot open --log {}: {error}", path.display());
         return FAILURE.into();
     }
@@ -43,7 +43,7 @@ pub fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) => {
             let sentence = sentence(&error);
-            if globals.log.is_some() {
+            if globals.log.file.is_some() {
                 tracing::error!("{sentence}");
             }
             eprintln!("runvm: {sentence}");

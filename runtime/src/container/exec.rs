@@ -105,6 +105,7 @@ pub(super) fn proxies(container: &Container) -> Result<Vec<ProcessIdentity>> {
     Ok(entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("exec-")?.parse().ok())
         .filter_map(ProcessIdentity::of)
+        .filter(ProcessIdentity::alive)
         .collect())
 }
 

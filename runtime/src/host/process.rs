@@ -22,15 +22,14 @@ pub struct ProcessIdentity {
 }
 
 impl ProcessIdentity {
-    /// The identity of a living process.
+    /// The identity of the process with a PID; also a zombie, whose threads may still be ending, has one.
     pub fn of(pid: u32) -> Option<Self> {
-        let (started, state) = stat(pid)?;
-        (state != 'Z' && state != 'X').then_some(Self { pid, started })
+        stat(pid).map(|(started, _)| Self { pid, started })
     }
 
     /// Whether it lives; a zombie does not.
     pub fn alive(&self) -> bool {
-        Self::of(self.pid) == Some(*self)
+        stat(self.pid).is_some_and(|(started, state)| started == self.started && !matches!(state, 'Z' | 'X'))
     }
 
     /// Sends a signal; one that is gone is no error.
@@ -45,7 +44,7 @@ impl ProcessIdentity {
         }
     }
 
-    /// Waits until it is gone, for at most `limit`; whether it is.
+    /// Waits until it and all its threads have ended, for at most `limit`; whether they have.
     ///
     /// # Errors
     /// Those of pidfd_open(2) and poll(2).
@@ -68,7 +67,7 @@ impl ProcessIdentity {
         match pidfd_open(pid, PidfdFlags::empty()) {
             Err(rustix::io::Errno::SRCH) => Ok(None),
             // Between reading the record and opening, the PID may have gone to another process.
-            pidfd => Ok(Some(pidfd?).filter(|_| self.alive())),
+            pidfd => Ok(Some(pidfd?).filter(|_| Self::of(self.pid) == Some(*self))),
         }
     }
 }

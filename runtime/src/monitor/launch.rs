@@ -1,6 +1,5 @@
 //! Starting a monitor or an exec's proxy: this program again, with the caller's stdio and its end of the handshake.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 
@@ -9,7 +8,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use super::handshake::{DESCRIPTOR, Started, ToOwner};
 use crate::error::{Error, Result};
 use crate::host::process::{ProcessIdentity, own_program};
-use crate::log::Format;
+use crate::log;
 use crate::vmm::probe::Wanted;
 
 /// The options that come before every verb, and are handed down.
@@ -17,34 +16,24 @@ use crate::vmm::probe::Wanted;
 pub struct Globals {
     /// The state root.
     pub root: PathBuf,
-    /// The log file.
-    pub log: Option<PathBuf>,
-    /// The log's format.
-    pub log_format: Format,
-    /// Whether debug lines are logged, and the guest's console is kept.
-    pub debug: bool,
+    /// Where the log goes.
+    pub log: log::Options,
     /// The accelerator asked for.
     pub accelerator: Wanted,
+    /// Where guests' consoles are written.
+    pub guest_console: Option<PathBuf>,
 }
 
 impl Globals {
     /// This program with these options.
     pub fn command(&self) -> Command {
         let mut command = own_program();
-        command.args(self.log_options()).arg("--root").arg(&self.root).args(["--accel", self.accelerator.name()]);
+        command.arg("--root").arg(&self.root).args(["--accel", self.accelerator.name()]);
+        self.log.hand_down(&mut command);
+        if let Some(file) = &self.guest_console {
+            command.arg("--guest-console").arg(file);
+        }
         command
-    }
-
-    /// The options that say where the log goes.
-    pub fn log_options(&self) -> Vec<OsString> {
-        let mut options: Vec<OsString> = vec!["--log-format".into(), self.log_format.name().into()];
-        if let Some(log) = &self.log {
-            options.extend(["--log".into(), log.into()]);
-        }
-        if self.debug {
-            options.push("--debug".into());
-        }
-        options
     }
 }
 

@@ -7,7 +7,6 @@ mod attend;
 mod handshake;
 mod launch;
 
-use std::ffi::OsString;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -45,10 +44,10 @@ pub struct Options {
     pub console_socket: Option<PathBuf>,
     /// The accelerator asked for.
     pub accelerator: Wanted,
-    /// Whether the guest's console is written to the container's folder.
-    pub debug: bool,
-    /// The options by which helpers of this program log where the monitor does.
-    pub log_options: Vec<OsString>,
+    /// Where the log goes.
+    pub log: log::Options,
+    /// Where the guest's console is written.
+    pub guest_console: Option<PathBuf>,
 }
 
 /// Runs a monitor to its end; the status to exit with.
@@ -135,8 +134,8 @@ async fn run(
         exports: guest.exports,
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),
         engine_resolver: bundle.uses_engine_resolver(),
-        log_options: options.log_options.clone(),
-        console: options.debug.then(|| options.folder.join("console.log")),
+        log: options.log.clone(),
+        console: options.guest_console.clone(),
     })
     .await?;
     let descriptors = match &terminal {

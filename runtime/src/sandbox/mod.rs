@@ -2,7 +2,6 @@
 
 mod size;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -76,8 +75,8 @@ pub struct Config {
     pub hostname: String,
     /// Whether the guest's names are resolved by Docker's resolver.
     pub engine_resolver: bool,
-    /// The options by which helpers of this program log where this process does.
-    pub log_options: Vec<OsString>,
+    /// Where helpers of this program log.
+    pub log: log::Options,
     /// Where the guest's console goes.
     pub console: Option<PathBuf>,
 }
@@ -115,7 +114,7 @@ impl Sandbox {
 
     async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
         let mut program = own_program();
-        program.args(&config.log_options);
+        config.log.hand_down_as_stderr(&mut program).map_err(ShareError::Spawn)?;
         end_with_owner(&mut program);
         let mut share = share::spawn(program, &config.exports)?;
         let mut nics = Vec::new();
