@@ -1,1 +1,89 @@
-fn main() {}
+//! PID 1 of a runvm guest: sets the guest up as the host says, and runs containers in it.
+//!
+//! The agent has one thread. What may block, or must change a process for good, is done by copies of it
+//! ([`child`]).
+
+mod boot;
+mod child;
+mod container;
+mod dispatch;
+mod dns;
+mod error;
+mod log;
+mod network;
+mod readiness;
+mod reaper;
+mod sandbox;
+mod serial;
+mod service;
+mod stdio;
+mod sync;
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures::StreamExt as _;
+use runvm_protocol::mux;
+
+use self::dispatch::Dispatcher;
+use self::reaper::Reaper;
+use self::serial::Serial;
+
+fn main() {
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("runvm-agent: {panic}");
+        if child::is_child() {
+            child::exit(101);
+        }
+        boot::end_guest();
+    }));
+    let Err(error) = boot();
+    eprintln!("runvm-agent: {}", chain(error.as_ref()));
+    boot::end_guest();
+}
+
+fn boot() -> Result<Infallible, Box<dyn Error>> {
+    boot::prepare()?;
+    log::init(boot::Parameters::load().log_level);
+    log::stage("agent main");
+    boot::grant()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let reaper = Reaper::default();
+        let (dispatcher, _server) = Dispatcher::start(reaper.clone()).await?;
+        tokio::select! {
+            error = reaper.run() => Err(error.into()),
+            served = serve(Arc::new(dispatcher)) => served,
+        }
+    })
+}
+
+/// Serves the channel, and after its end the next.
+async fn serve(dispatcher: Arc<Dispatcher>) -> Result<Infallible, Box<dyn Error>> {
+    loop {
+        let serial = Serial::open().await?;
+        log::stage("channel ready");
+        let mut streams = pin!(mux::guest(serial));
+        while let Some(stream) = streams.next().await {
+            match stream {
+                Ok(stream) => {
+                    let dispatcher = dispatcher.clone();
+                    tokio::spawn(async move { dispatcher.serve(stream).await });
+                }
+                Err(error) => tracing::warn!("the channel ended: {error}"),
+            }
+        }
+    }
+}
+
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
+}

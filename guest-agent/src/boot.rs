@@ -1,0 +1,135 @@
+//! What a kernel leaves to PID 1: mounts, limits, the end.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::system::RebootCommand;
+use tracing::level_filters::LevelFilter;
+
+/// Where the unified cgroup hierarchy is.
+pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// The cgroup, below the root, that holds the containers' cgroups.
+pub(crate) const CONTAINERS_CGROUP: &str = "runvm";
+
+/// As many open files as engines grant.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// A step of the boot that did not work.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}")]
+pub(crate) struct BootError {
+    step: String,
+    #[source]
+    source: io::Error,
+}
+
+/// The parameters for the agent on the kernel's command line.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Parameters {
+    /// `runvm.log=LEVEL`.
+    pub(crate) log_level: LevelFilter,
+}
+
+impl Parameters {
+    /// Reads them from the kernel; `/proc` must be mounted.
+    pub(crate) fn load() -> Self {
+        Self::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default())
+    }
+
+    fn parse(command_line: &str) -> Self {
+        let level =
+            command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("runvm.log=")).next_back();
+        Self { log_level: level.and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO) }
+    }
+}
+
+/// Makes of the initramfs a system in which containers can run.
+pub(crate) fn prepare() -> Result<(), BootError> {
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    leave_rootfs().map_err(failed("move the root"))?;
+    let nosuid = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+    mount_at("/proc", "proc", nosuid, "")?;
+    mount_at("/sys", "sysfs", nosuid, "")?;
+    mount_at("/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=0755")?;
+    mount_at("/dev/pts", "devpts", MountFlags::NOSUID | MountFlags::NOEXEC, "mode=0620,ptmxmode=0666")?;
+    mount_at("/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755")?;
+    mount_at(CGROUP_ROOT, "cgroup2", nosuid, "")?;
+    Ok(())
+}
+
+/// Gives the containers' cgroups every controller that the kernel has, and the containers the limits that engines
+/// run theirs with.
+pub(crate) fn grant() -> Result<(), BootError> {
+    let root = Path::new(CGROUP_ROOT);
+    let containers = root.join(CONTAINERS_CGROUP);
+    fs::create_dir_all(&containers).map_err(failed("create the containers' cgroup"))?;
+    let controllers = fs::read_to_string(root.join("cgroup.controllers")).map_err(failed("read cgroup.controllers"))?;
+    let enabling: String = controllers.split_ascii_whitespace().map(|name| format!("+{name} ")).collect();
+    for cgroup in [root, &containers] {
+        fs::write(cgroup.join("cgroup.subtree_control"), &enabling).map_err(failed("enable cgroup controllers"))?;
+    }
+    let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    setrlimit(Resource::Nofile, limit).map_err(|errno| failed("raise the limit of open files")(errno.into()))?;
+    setrlimit(Resource::Nproc, Rlimit { current: None, maximum: None })
+        .map_err(|errno| failed("raise the limit of processes")(errno.into()))
+}
+
+/// Ends the guest. A VMM run for one boot sees a reboot as its end.
+pub(crate) fn end_guest() -> ! {
+    rustix::fs::sync();
+    loop {
+        if rustix::system::reboot(RebootCommand::Restart).is_err() {
+            // Not PID 1 of a machine of its own, as in tests.
+            std::process::abort();
+        }
+    }
+}
+
+/// The initial root cannot be left by `pivot_root`, as containers do: a copy of its mount on top of it can.
+fn leave_rootfs() -> io::Result<()> {
+    let copy = make_dir("/root")?;
+    mount_bind("/", &copy)?;
+    rustix::process::chdir(&copy)?;
+    mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    rustix::process::chdir("/")?;
+    Ok(())
+}
+
+fn mount_at(target: &str, kind: &str, flags: MountFlags, data: &str) -> Result<(), BootError> {
+    let mounted = make_dir(target).and_then(|target| {
+        let data = std::ffi::CString::new(data).map_err(io::Error::other)?;
+        Ok(mount(kind, &target, kind, flags, data.as_c_str())?)
+    });
+    mounted.map_err(|source| BootError { step: format!("mount {kind} at {target}"), source })
+}
+
+fn make_dir(path: &str) -> io::Result<PathBuf> {
+    match rustix::fs::mkdirat(CWD, path, Mode::from_raw_mode(0o755)) {
+        Ok(()) | Err(Errno::EXIST) => Ok(path.into()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn failed(step: &str) -> impl Fn(io::Error) -> BootError {
+    move |source| BootError { step: step.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_valid_level_counts() {
+        assert_eq!(Parameters::parse("quiet runvm.log=debug panic=-1\n").log_level, LevelFilter::DEBUG);
+        assert_eq!(Parameters::parse("runvm.log=debug runvm.log=warn").log_level, LevelFilter::WARN);
+        assert_eq!(Parameters::parse("runvm.log=loud").log_level, LevelFilter::INFO);
+        assert_eq!(Parameters::parse("").log_level, LevelFilter::INFO);
+    }
+}

@@ -1,0 +1,220 @@
+//! The making of a container, in a child of PID 1: libcontainer waits, changes what it runs in, and may hang on a file
+//! system of the container's.
+
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
+use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::process::channel::ChannelError;
+use libcontainer::syscall::syscall::SyscallType;
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::pipe::PipeFlags;
+use rustix::process::Pid;
+use tokio::io::Interest;
+use tokio::net::unix::pipe;
+use tokio::net::{UnixListener, UnixStream};
+
+use super::program::{Program, describe};
+use crate::child;
+use crate::error::RequestError;
+use crate::log::{self, ChildLog};
+use crate::reaper::{Exit, Reaper};
+use crate::stdio::ChildEnds;
+
+/// The agent's folder for its containers. It is not in their view: they leave this root.
+const STATE: &str = "/run/runvm/containers";
+
+/// The files of one container. They are named by a number, so that no identifier is too long for a socket's path.
+pub(super) struct Files {
+    name: String,
+    folder: PathBuf,
+}
+
+impl Files {
+    pub(super) fn create(number: u64) -> io::Result<Self> {
+        let files = Self { name: number.to_string(), folder: Path::new(STATE).join(format!("bundle-{number}")) };
+        fs::create_dir_all(&files.folder)?;
+        Ok(files)
+    }
+
+    fn console(&self) -> PathBuf {
+        self.folder.join("console.sock")
+    }
+
+    fn failure(&self) -> PathBuf {
+        self.folder.join("failure")
+    }
+
+    /// libcontainer's own folder.
+    fn state(&self) -> PathBuf {
+        Path::new(STATE).join(&self.name)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+        let _ = fs::remove_dir_all(self.state());
+    }
+}
+
+/// What the first process gets for stdin, stdout and stderr.
+pub(super) enum FirstStdio {
+    Pipes(ChildEnds),
+    /// It makes a terminal, and hands over its master.
+    Terminal,
+}
+
+/// A container whose program is ready to run.
+pub(super) struct Created {
+    pub(super) init: Pid,
+    pub(super) exit: Exit,
+    pub(super) master: Option<OwnedFd>,
+}
+
+/// Creates the container.
+pub(super) async fn create(
+    reaper: &Reaper,
+    files: &Files,
+    spec: &Spec,
+    stdio: FirstStdio,
+) -> Result<Created, RequestError> {
+    let config = serde_json::to_vec(spec).map_err(io::Error::from);
+    config
+        .and_then(|config| fs::write(files.folder.join("config.json"), config))
+        .map_err(RequestError::system("write config.json"))?;
+    let console = match stdio {
+        FirstStdio::Terminal => {
+            Some(UnixListener::bind(files.console()).map_err(RequestError::system("make the console socket"))?)
+        }
+        FirstStdio::Pipes(_) => None,
+    };
+    let expected = reaper.expect();
+    let (log, log_end) = child_log().map_err(RequestError::system("make a pipe"))?;
+    let helper = match &stdio {
+        FirstStdio::Pipes(ends) => {
+            let keep = [ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()];
+            child::fork(log_end, &keep, || build(files, Some(ends)))
+        }
+        FirstStdio::Terminal => child::fork(log_end, &[], || build(files, None)),
+    };
+    drop(stdio);
+    let helper = reaper.watch(helper.map_err(RequestError::system("start a process"))?);
+    let log = tokio::spawn(log::adopt(log));
+    if helper.status().await != 0 {
+        let log = log.await.unwrap_or_default();
+        return Err(RequestError::Program(failure(files, spec, log)));
+    }
+    let init = init_of(files).map_err(RequestError::system("read the container's state"))?;
+    let exit = expected.fulfil(init);
+    let master = match console {
+        Some(console) => Some(receive_master(&console).await.map_err(RequestError::system("receive the terminal"))?),
+        None => None,
+    };
+    Ok(Created { init, exit, master })
+}
+
+/// Lets the program run.
+pub(super) async fn start(files: &Files) -> io::Result<()> {
+    let notified = UnixStream::connect(files.state().join("notify.sock")).await?;
+    notified.writable().await?;
+    notified.try_write(b"start")?;
+    Ok(())
+}
+
+/// In the child: has libcontainer make the container. What goes wrong is left in a file, since any descriptor of this
+/// process goes on to the container's first one.
+fn build(files: &Files, stdio: Option<&ChildEnds>) -> i32 {
+    let built = stdio.map(duplicate).transpose().map_err(LibcontainerError::OtherIO).and_then(|stdio| {
+        let mut builder = ContainerBuilder::new(files.name.clone(), SyscallType::default())
+            .with_root_path(STATE)?
+            .with_executor(Program);
+        builder = match stdio {
+            Some(ends) => builder.with_stdin(ends.stdin).with_stdout(ends.stdout).with_stderr(ends.stderr),
+            None => builder.with_console_socket(Some(files.console())),
+        };
+        builder.as_init(&files.folder).with_systemd(false).with_detach(true).build()
+    });
+    let Err(error) = built else { return 0 };
+    let _ = fs::write(files.failure(), sentence(&error));
+    1
+}
+
+/// libcontainer closes what it is given.
+fn duplicate(ends: &ChildEnds) -> io::Result<ChildEnds> {
+    Ok(ChildEnds { stdin: ends.stdin.try_clone()?, stdout: ends.stdout.try_clone()?, stderr: ends.stderr.try_clone()? })
+}
+
+/// The sentence of an error: that of the process inside where it has one, else the whole chain.
+fn sentence(error: &LibcontainerError) -> String {
+    let mut chain = Vec::new();
+    let mut next: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(ChannelError::ExecError(inside)) = error.downcast_ref() {
+            return inside.clone();
+        }
+        let text = error.to_string();
+        if chain.last() != Some(&text) {
+            chain.push(text);
+        }
+        next = error.source();
+    }
+    chain.join(": ")
+}
+
+/// Why the creation failed, with the cause from the log where the sentence has none.
+fn failure(files: &Files, spec: &Spec, log: ChildLog) -> String {
+    let sentence = fs::read_to_string(files.failure()).unwrap_or_else(|_| "the container's creation died".into());
+    match log.first_error {
+        _ if sentence.starts_with("exec: ") => sentence,
+        Some(cause) if cause.starts_with("failed to chdir") => chdir_failure(spec, &cause),
+        Some(cause) if !sentence.contains(&cause) => format!("{sentence}: {cause}"),
+        _ => sentence,
+    }
+}
+
+/// runc's sentence for a working directory that cannot be entered.
+fn chdir_failure(spec: &Spec, cause: &str) -> String {
+    let cwd = spec.process().as_ref().map(|process| process.cwd().display().to_string()).unwrap_or_default();
+    let errnos = [Errno::NOENT, Errno::NOTDIR, Errno::ACCESS, Errno::LOOP];
+    let names = ["ENOENT", "ENOTDIR", "EACCES", "ELOOP"];
+    let errno = names.iter().position(|name| cause.contains(name)).map(|index| describe(errnos[index]));
+    format!("chdir to cwd ({cwd:?}) set in config.json failed: {}", errno.as_deref().unwrap_or(cause))
+}
+
+fn init_of(files: &Files) -> io::Result<Pid> {
+    let state: serde_json::Value = serde_json::from_slice(&fs::read(files.state().join("state.json"))?)?;
+    let pid = state["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|&pid| pid > 0);
+    pid.and_then(Pid::from_raw).ok_or_else(|| io::Error::other("state.json names no process"))
+}
+
+/// A pipe for a child's log.
+pub(super) fn child_log() -> io::Result<(pipe::Receiver, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    Ok((pipe::Receiver::from_owned_fd(read)?, write))
+}
+
+async fn receive_master(console: &UnixListener) -> io::Result<OwnedFd> {
+    let (stream, _) = console.accept().await?;
+    stream.async_io(Interest::READABLE, || receive_file(&stream)).await
+}
+
+/// Receives one open file.
+pub(super) fn receive_file(socket: impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut name = [0; 64];
+    let mut buffer = [io::IoSliceMut::new(&mut name)];
+    rustix::net::recvmsg(socket, &mut buffer, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let mut files = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    files.next().and_then(|mut files| files.next()).ok_or_else(|| io::Error::other("no terminal came"))
+}

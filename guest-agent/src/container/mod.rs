@@ -1,0 +1,408 @@
+//! The containers of the guest, and the processes in them.
+
+mod cgroup;
+mod create;
+mod exec;
+mod program;
+pub(crate) mod spec;
+
+use std::collections::HashMap;
+use std::fs;
+use std::sync::{Arc, Mutex};
+
+use libcontainer::oci_spec::runtime::{Process as ProcessSpec, Spec};
+use runvm_protocol::agent;
+use rustix::process::Pid;
+
+use self::cgroup::Cgroup;
+use self::create::{Files, FirstStdio};
+use self::exec::{Door, ExecStdio};
+use self::spec::GuestSpec;
+use crate::error::RequestError;
+use crate::log;
+use crate::reaper::{Exit, Reaper};
+use crate::stdio::{Attached, HeldStreams, Pipes, Streams, Terminal, hang_up, window};
+use crate::sync::lock;
+
+/// All containers.
+pub(crate) struct Containers {
+    reaper: Reaper,
+    held: HeldStreams,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// `None` for a container that is being made.
+    containers: HashMap<String, Option<Arc<Container>>>,
+    made: u64,
+}
+
+/// One container, from its creation to its deletion.
+struct Container {
+    cgroup: Cgroup,
+    files: Files,
+    door: Door,
+    init: Process,
+    phase: Mutex<Phase>,
+    /// `None` for one that is being started.
+    execs: Mutex<HashMap<String, Option<Process>>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Created,
+    Running,
+    Paused,
+}
+
+/// A process that the host knows of.
+#[derive(Clone)]
+struct Process {
+    pid: Pid,
+    exit: Exit,
+    attached: Attached,
+}
+
+impl Containers {
+    pub(crate) fn new(reaper: Reaper, held: HeldStreams) -> Self {
+        Self { reaper, held, state: Mutex::default() }
+    }
+
+    /// Creates a container, up to its program. Returns the number of its first process.
+    pub(crate) async fn create(&self, request: &agent::CreateContainerRequest) -> Result<u32, RequestError> {
+        let id = valid(&request.container_id)?;
+        let number = {
+            let mut state = lock(&self.state);
+            if state.containers.contains_key(id) {
+                return Err(RequestError::ContainerExists);
+            }
+            state.containers.insert(id.to_owned(), None);
+            state.made += 1;
+            state.made
+        };
+        log::stage("container create begin");
+        let made = self.make(id, number, request).await;
+        let mut state = lock(&self.state);
+        match made {
+            Ok(container) => {
+                let pid = container.init.number();
+                state.containers.insert(id.to_owned(), Some(Arc::new(container)));
+                log::stage("container create end");
+                Ok(pid)
+            }
+            Err(error) => {
+                state.containers.remove(id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(
+        &self,
+        id: &str,
+        number: u64,
+        request: &agent::CreateContainerRequest,
+    ) -> Result<Container, RequestError> {
+        let cgroup = Cgroup::of(id);
+        let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
+        let streams = Streams::take(&self.held, &request.stdio)?;
+        set_net_sysctls(&net_sysctls)?;
+        let files = Files::create(number).map_err(RequestError::system("make the container's folder"))?;
+        let first = self.first_process(&files, &spec, &request.stdio, streams).await;
+        let made = first.and_then(|init| {
+            let linux = spec.linux().as_ref();
+            let namespaces = linux.and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
+            let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+            let door = Door::new(init.pid, &namespaces, cgroup.clone(), seccomp)
+                .map_err(RequestError::system("open the container's first process"))?;
+            let (phase, execs) = (Mutex::new(Phase::Created), Mutex::default());
+            Ok(Container { cgroup: cgroup.clone(), files, door, init, phase, execs })
+        });
+        if made.is_err() {
+            let _ = cgroup.remove().await;
+        }
+        made
+    }
+
+    async fn first_process(
+        &self,
+        files: &Files,
+        spec: &Spec,
+        stdio: &agent::Stdio,
+        streams: Streams,
+    ) -> Result<Process, RequestError> {
+        let process = spec.process().clone().unwrap_or_default();
+        if process.terminal().unwrap_or_default() {
+            let created = create::create(&self.reaper, files, spec, FirstStdio::Terminal).await?;
+            let terminal = created.master.map(Terminal::new).transpose();
+            let terminal =
+                terminal.map_err(RequestError::system("use the terminal"))?.ok_or(RequestError::NoTerminal)?;
+            if let Some(size) = size_of(stdio, &process) {
+                terminal.resize(size).map_err(RequestError::system("size the terminal"))?;
+            }
+            terminal.give_to(process.user().uid()).map_err(RequestError::system("give the terminal to its user"))?;
+            let attached = |streams| Ok(Attached::terminal(streams, terminal, &created.exit));
+            return adopt(streams, created.init, &created.exit, attached);
+        }
+        let (pipes, ends) = pipes_for(&streams, &process)?;
+        let created = create::create(&self.reaper, files, spec, FirstStdio::Pipes(ends)).await?;
+        adopt(streams, created.init, &created.exit, |streams| Attached::pipes(streams, pipes, &created.exit))
+    }
+
+    /// Runs the container's program.
+    pub(crate) async fn start(&self, id: &str) -> Result<(), RequestError> {
+        let container = self.find(id)?;
+        if container.init.exit.happened() {
+            return Err(RequestError::Stopped);
+        }
+        container.change(Phase::Created, Phase::Running, RequestError::AlreadyStarted)?;
+        create::start(&container.files).await.map_err(RequestError::system("start the container"))?;
+        log::stage("start");
+        Ok(())
+    }
+
+    /// Freezes every process of the container.
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), RequestError> {
+        let container = self.find(id)?;
+        container.alive()?;
+        container.change(Phase::Running, Phase::Paused, RequestError::NotRunning)?;
+        container.cgroup.freeze(true).await.map_err(RequestError::system("freeze the container"))
+    }
+
+    /// Ends a pause.
+    pub(crate) async fn resume(&self, id: &str) -> Result<(), RequestError> {
+        let container = self.find(id)?;
+        container.alive()?;
+        container.change(Phase::Paused, Phase::Running, RequestError::NotPaused)?;
+        container.cgroup.freeze(false).await.map_err(RequestError::system("thaw the container"))
+    }
+
+    /// Removes what is left of a container; one that was never started is ended.
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), RequestError> {
+        let container = self.find(id)?;
+        if !container.init.exit.happened() && *lock(&container.phase) != Phase::Created {
+            return Err(RequestError::StillRunning);
+        }
+        container.cgroup.remove().await.map_err(RequestError::system("remove the container's cgroup"))?;
+        lock(&self.state).containers.remove(id);
+        Ok(())
+    }
+
+    /// Changes the container's limits.
+    pub(crate) fn update(&self, id: &str, resources: &[u8]) -> Result<(), RequestError> {
+        let container = self.find(id)?;
+        container.alive()?;
+        let resources = spec::parse_resources(resources)?;
+        container.cgroup.update(&resources).map_err(RequestError::Program)
+    }
+
+    /// The container's processes.
+    pub(crate) fn processes(&self, id: &str) -> Result<Vec<agent::ProcessInfo>, RequestError> {
+        let container = self.find(id)?;
+        let processes = container.cgroup.processes().map_err(RequestError::system("list the container's processes"))?;
+        let info = |pid: Pid| agent::ProcessInfo {
+            pid: pid.as_raw_nonzero().get().unsigned_abs(),
+            command: fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_owned(),
+            ..Default::default()
+        };
+        Ok(processes.into_iter().map(info).collect())
+    }
+
+    /// Runs a further process in the container. Returns its number.
+    pub(crate) async fn exec(&self, request: &agent::ExecProcessRequest) -> Result<u32, RequestError> {
+        let container = self.find(&request.container_id)?;
+        let exec_id = valid(&request.exec_id)?;
+        container.alive()?;
+        match *lock(&container.phase) {
+            Phase::Running => {}
+            Phase::Paused => return Err(RequestError::Paused),
+            Phase::Created => return Err(RequestError::NotRunning),
+        }
+        let process = spec::parse_process(&request.process)?;
+        let streams = Streams::take(&self.held, &request.stdio)?;
+        {
+            let mut execs = lock(&container.execs);
+            if execs.contains_key(exec_id) {
+                return Err(RequestError::ExecExists);
+            }
+            execs.insert(exec_id.to_owned(), None);
+        }
+        let entered = self.further_process(&container.door, &process, &request.stdio, streams).await;
+        let mut execs = lock(&container.execs);
+        execs.remove(exec_id);
+        let process = entered?;
+        let pid = process.number();
+        execs.insert(exec_id.to_owned(), Some(process));
+        Ok(pid)
+    }
+
+    async fn further_process(
+        &self,
+        door: &Door,
+        process: &ProcessSpec,
+        stdio: &agent::Stdio,
+        streams: Streams,
+    ) -> Result<Process, RequestError> {
+        if process.terminal().unwrap_or_default() {
+            let size = size_of(stdio, process);
+            let entered = exec::enter(&self.reaper, door, process, ExecStdio::Terminal(size)).await?;
+            let terminal = entered.master.map(Terminal::new).transpose();
+            let terminal =
+                terminal.map_err(RequestError::system("use the terminal"))?.ok_or(RequestError::NoTerminal)?;
+            let attached = |streams| Ok(Attached::terminal(streams, terminal, &entered.exit));
+            return adopt(streams, entered.pid, &entered.exit, attached);
+        }
+        let (pipes, ends) = pipes_for(&streams, process)?;
+        let entered = exec::enter(&self.reaper, door, process, ExecStdio::Pipes(ends)).await?;
+        adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
+    }
+
+    /// Sends a signal to one process, or to all of the container.
+    pub(crate) fn signal(&self, request: &agent::SignalProcessRequest) -> Result<(), RequestError> {
+        let container = self.find(&request.container_id)?;
+        let signal = i32::try_from(request.signal).ok().filter(|signal| (0..=64).contains(signal));
+        let signal = signal.ok_or(RequestError::Signal(request.signal))?;
+        if request.all {
+            return container
+                .cgroup
+                .signal_all(signal)
+                .map_err(RequestError::system("signal the container's processes"));
+        }
+        container.process(&request.exec_id)?.signal(signal)
+    }
+
+    /// Waits until the process has ended, and its output been handed over.
+    pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> Result<agent::WaitProcessResponse, RequestError> {
+        let container = self.find(id)?;
+        let process = container.process(exec_id)?;
+        let exit_status = process.exit.status().await;
+        let (stdout_bytes, stderr_bytes) = process.attached.handed_over().await;
+        let oom_killed = container.cgroup.oom_killed();
+        Ok(agent::WaitProcessResponse { exit_status, oom_killed, stdout_bytes, stderr_bytes, ..Default::default() })
+    }
+
+    /// Says how large the host's terminal is now.
+    pub(crate) fn resize(&self, request: &agent::ResizeTerminalRequest) -> Result<(), RequestError> {
+        let process = self.find(&request.container_id)?.process(&request.exec_id)?;
+        let terminal = process.attached.terminal.as_ref().ok_or(RequestError::NoTerminal)?;
+        terminal.resize(window(request.rows, request.columns)).map_err(RequestError::system("size the terminal"))
+    }
+
+    fn find(&self, id: &str) -> Result<Arc<Container>, RequestError> {
+        lock(&self.state).containers.get(id).cloned().flatten().ok_or(RequestError::NoContainer)
+    }
+}
+
+impl Container {
+    fn alive(&self) -> Result<(), RequestError> {
+        if self.init.exit.happened() { Err(RequestError::NotRunning) } else { Ok(()) }
+    }
+
+    fn change(&self, from: Phase, to: Phase, otherwise: RequestError) -> Result<(), RequestError> {
+        let mut phase = lock(&self.phase);
+        if *phase != from {
+            return Err(otherwise);
+        }
+        *phase = to;
+        Ok(())
+    }
+
+    /// The process with that identifier; the empty one is the first's.
+    fn process(&self, exec_id: &str) -> Result<Process, RequestError> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        lock(&self.execs).get(exec_id).cloned().flatten().ok_or(RequestError::NoExec)
+    }
+}
+
+impl Process {
+    fn number(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    fn signal(&self, signal: i32) -> Result<(), RequestError> {
+        // A process whose end has not been seen here has not been reaped, so its number is its own.
+        if self.exit.happened() {
+            return Err(RequestError::Finished);
+        }
+        // SAFETY: it takes numbers only.
+        match unsafe { libc::kill(self.pid.as_raw_nonzero().get(), signal) } {
+            0 => Ok(()),
+            _ => Err(RequestError::system("signal the process")(std::io::Error::last_os_error())),
+        }
+    }
+}
+
+/// Connects a new process to the host.
+fn adopt(
+    mut streams: Streams,
+    pid: Pid,
+    exit: &Exit,
+    attach: impl FnOnce(Streams) -> std::io::Result<Attached>,
+) -> Result<Process, RequestError> {
+    let lifeline = streams.lifeline.take();
+    let attached = attach(streams).map_err(RequestError::system("connect the process"))?;
+    let process = Process { pid, exit: exit.clone(), attached };
+    if let Some(lifeline) = lifeline {
+        let process = process.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = hang_up(lifeline) => {
+                    let _ = process.signal(libc::SIGKILL);
+                }
+                _ = process.exit.status() => {}
+            }
+        });
+    }
+    Ok(process)
+}
+
+fn pipes_for(streams: &Streams, process: &ProcessSpec) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
+    let user = process.user();
+    Pipes::new(streams, user.uid(), user.gid()).map_err(RequestError::system("make the process's pipes"))
+}
+
+/// The first size of a terminal: the host's terminal's, else the specification's.
+fn size_of(stdio: &agent::Stdio, process: &ProcessSpec) -> Option<rustix::termios::Winsize> {
+    if stdio.terminal_rows != 0 && stdio.terminal_columns != 0 {
+        return Some(window(stdio.terminal_rows, stdio.terminal_columns));
+    }
+    let size = process.console_size()?;
+    let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+    (size.height() != 0 && size.width() != 0).then(|| window(number(size.height()), number(size.width())))
+}
+
+/// The guest's network is the container's, so its parameters are set for the guest.
+fn set_net_sysctls(sysctls: &HashMap<String, String>) -> Result<(), RequestError> {
+    for (name, value) in sysctls {
+        let path = if name.contains('/') { name.clone() } else { name.replace('.', "/") };
+        if path.split('/').any(|part| part == "..") {
+            return Err(RequestError::Program(format!("linux.sysctl: {name:?} is no parameter of the kernel")));
+        }
+        fs::write(format!("/proc/sys/{path}"), value)
+            .map_err(|error| RequestError::Program(format!("cannot set linux.sysctl {name}={value}: {error}")))?;
+    }
+    Ok(())
+}
+
+/// Identifiers are names of files and cgroups.
+fn valid(id: &str) -> Result<&str, RequestError> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    let fits = !id.is_empty() && id.len() <= 255 && id != "." && id != ".." && id.chars().all(allowed);
+    if fits { Ok(id) } else { Err(RequestError::Identifier(id.to_owned())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn identifiers_are_safe_names() {
+        assert!(valid("web-1.a_B+").is_ok());
+        for id in ["", ".", "..", "a/b", "a b", "ü", &"x".repeat(256)] {
+            assert!(matches!(valid(id), Err(RequestError::Identifier(_))), "{id:?}");
+        }
+    }
+}

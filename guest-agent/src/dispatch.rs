@@ -1,0 +1,73 @@
+//! Hands each stream that the host opens to the part of the agent that it is for.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream;
+use runvm_protocol::mux::ByteStream;
+use runvm_protocol::ports;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use crate::container::Containers;
+use crate::reaper::Reaper;
+use crate::stdio::HeldStreams;
+use crate::{dns, log, service};
+
+/// How long the host may take to say what a stream is for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the agent offers on its streams, whichever channel they come by.
+pub(crate) struct Dispatcher {
+    control: mpsc::Sender<std::io::Result<ByteStream>>,
+    held: HeldStreams,
+}
+
+impl Dispatcher {
+    /// Starts the services, which run as long as the server is kept.
+    pub(crate) async fn start(reaper: Reaper) -> ttrpc::Result<(Self, Server)> {
+        let held = HeldStreams::default();
+        let containers = Arc::new(Containers::new(reaper, held.clone()));
+        let (control, connections) = mpsc::channel(16);
+        let connections = stream::unfold(connections, |mut connections| async move {
+            connections.recv().await.map(|connection| (connection, connections))
+        });
+        let mut server =
+            Server::new().add_listener(Listener::new(connections)).register_service(service::methods(containers));
+        server.start().await?;
+        Ok((Self { control, held }, server))
+    }
+
+    /// Serves one stream as long as it is its own matter.
+    pub(crate) async fn serve(&self, mut stream: ByteStream) {
+        match timeout(PATIENCE, ports::announced(&mut stream)).await {
+            Ok(Ok(ports::CONTROL)) => {
+                // The server takes connections as long as the agent runs.
+                let _ = self.control.send(Ok(stream)).await;
+            }
+            Ok(Ok(ports::STDIO)) => self.hold(stream).await,
+            Ok(Ok(ports::LOG)) => log::serve(stream).await,
+            Ok(Ok(ports::DNS)) => dns::serve(stream).await,
+            Ok(Ok(other)) => tracing::warn!("a stream for the unknown port {other}"),
+            Ok(Err(error)) => tracing::debug!("a stream ended before it was announced: {error}"),
+            Err(_) => tracing::warn!("a stream was not announced in time"),
+        }
+    }
+
+    async fn hold(&self, mut stream: ByteStream) {
+        let key = match timeout(PATIENCE, ports::stdio_key(&mut stream)).await {
+            Ok(Ok(key)) => key,
+            Ok(Err(error)) => return tracing::warn!("a stdio stream has no key: {error}"),
+            Err(_) => return tracing::warn!("a stdio stream was not named in time"),
+        };
+        // The host waits for the answer before it names the stream in a request.
+        if let Err(error) = ports::acknowledge_stdio(&mut stream).await {
+            return tracing::debug!("a stdio stream ended before it was held: {error}");
+        }
+        if self.held.hold(&key, stream).is_err() {
+            tracing::warn!("there is no room for the stdio stream {key:?}");
+        }
+    }
+}

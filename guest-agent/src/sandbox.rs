@@ -1,0 +1,76 @@
+//! What the host says of the guest as a whole.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+
+use runvm_protocol::agent;
+use rustix::mount::{MountFlags, mount};
+use rustix::time::{ClockId, Timespec};
+
+use crate::error::RequestError;
+use crate::log;
+
+/// As much as the kernel's pool takes in.
+const MAX_ENTROPY: usize = 512;
+
+/// Prepares the guest for its containers.
+pub(crate) fn configure(request: &agent::ConfigureSandboxRequest) -> Result<(), RequestError> {
+    if !request.hostname.is_empty() {
+        rustix::system::sethostname(request.hostname.as_bytes()).map_err(RequestError::system("set the host name"))?;
+    }
+    if request.realtime_ns != 0 {
+        set_clock(request.realtime_ns).map_err(RequestError::system("set the clock"))?;
+    }
+    if !request.entropy.is_empty() {
+        add_entropy(&request.entropy).map_err(RequestError::system("credit the host's entropy"))?;
+    }
+    for share in &request.shares {
+        mount_share(share).map_err(RequestError::system(format!("mount the share {:?}", share.tag)))?;
+    }
+    log::stage("share mounted");
+    Ok(())
+}
+
+fn set_clock(realtime_ns: u64) -> io::Result<()> {
+    let (seconds, nanoseconds) = (realtime_ns / 1_000_000_000, realtime_ns % 1_000_000_000);
+    let time = Timespec {
+        tv_sec: i64::try_from(seconds).map_err(io::Error::other)?,
+        tv_nsec: i64::try_from(nanoseconds).map_err(io::Error::other)?,
+    };
+    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+}
+
+const RNDADDENTROPY: libc::Ioctl = libc::_IOW::<[libc::c_int; 2]>(b'R' as u32, 0x03);
+const RNDRESEEDCRNG: libc::Ioctl = libc::_IO(b'R' as u32, 0x07);
+
+/// The argument of RNDADDENTROPY.
+#[repr(C)]
+struct Pool {
+    bits: libc::c_int,
+    size: libc::c_int,
+    bytes: [u8; MAX_ENTROPY],
+}
+
+fn add_entropy(entropy: &[u8]) -> io::Result<()> {
+    let entropy = &entropy[..entropy.len().min(MAX_ENTROPY)];
+    let size = libc::c_int::try_from(entropy.len()).map_err(io::Error::other)?;
+    let mut pool = Pool { bits: size * 8, size, bytes: [0; MAX_ENTROPY] };
+    pool.bytes[..entropy.len()].copy_from_slice(entropy);
+    let random = File::options().write(true).open("/dev/urandom")?;
+    // SAFETY: the kernel reads the structure, and of its bytes no more than `size`.
+    let added = unsafe { libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, &raw const pool) };
+    // SAFETY: it takes no argument.
+    let reseeded = unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) };
+    if added < 0 || reseeded < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn mount_share(share: &agent::Share) -> io::Result<()> {
+    let target = Path::new(&share.mount_point);
+    if !target.is_absolute() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the mount point is not absolute"));
+    }
+    std::fs::create_dir_all(target)?;
+    Ok(mount(share.tag.as_str(), target, "virtiofs", MountFlags::empty(), None)?)
+}

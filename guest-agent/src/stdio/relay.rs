@@ -1,0 +1,119 @@
+//! The loops that carry bytes between a process and the host.
+
+use std::future::pending;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use runvm_protocol::mux::ByteStream;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest};
+use tokio::sync::watch;
+
+use crate::reaper::Exit;
+
+/// How much is carried in one step, and all that is held of a stream here.
+const CHUNK: usize = 64 * 1024;
+
+/// What a relay needs of the host's stream.
+pub(super) trait HostStream: AsyncRead + AsyncWrite + Unpin + Send {
+    /// Whether the host has let go of both directions, not only of its writing.
+    fn is_gone(&self) -> bool;
+}
+
+impl HostStream for ByteStream {
+    fn is_gone(&self) -> bool {
+        self.get_ref().is_closed()
+    }
+}
+
+/// Carries the host's bytes to the process until either is done. Letting go of `sink` closes a pipe; a terminal has
+/// its other users.
+pub(super) async fn input(mut stream: impl HostStream, sink: Arc<AsyncFd<OwnedFd>>) {
+    let mut buffer = vec![0; CHUNK];
+    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+        if write_all(&sink, &buffer[..read]).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Carries the process's bytes to the host until the process's side ends. Reports how many it has carried when all
+/// is done that the process wrote until its end.
+///
+/// While the process lives, a host that goes away takes the pipe with it, and the process learns of it when it
+/// writes. What outlives the process (a child in the background that still holds the pipe) is not punished so: its
+/// bytes then go nowhere.
+pub(super) async fn output(
+    source: Arc<AsyncFd<OwnedFd>>,
+    stream: impl HostStream,
+    exit: Exit,
+    report: watch::Sender<Option<u64>>,
+) {
+    let mut stream = Some(stream);
+    let mut buffer = vec![0; CHUNK];
+    let mut carried = 0;
+    // How much of what was in the pipe at the process's end is still to be carried.
+    let mut due = None;
+    loop {
+        let read = tokio::select! {
+            _ = exit.status(), if due.is_none() => {
+                due = Some(rustix::io::ioctl_fionread(source.get_ref()).unwrap_or_default());
+                0
+            }
+            read = source.async_io(Interest::READABLE, |file| Ok(rustix::io::read(file, &mut buffer)?)) => match read {
+                Ok(read @ 1..) => read,
+                // A terminal that nobody has open says EIO.
+                _ => break,
+            },
+            () = gone(stream.as_mut()) => {
+                stream = None;
+                0
+            }
+        };
+        if let Some(host) = &mut stream {
+            match host.write_all(&buffer[..read]).await {
+                Ok(()) => carried += read as u64,
+                Err(_) => stream = None,
+            }
+        }
+        if stream.is_none() && !exit.happened() {
+            break;
+        }
+        if let Some(due) = &mut due {
+            *due = due.saturating_sub(read as u64);
+            if *due == 0 || stream.is_none() {
+                report.send_replace(Some(carried));
+            }
+        }
+    }
+    drop(source);
+    if let Some(mut stream) = stream {
+        let _ = stream.shutdown().await;
+    }
+    report.send_replace(Some(carried));
+}
+
+/// Waits until the host lets go of the stream of an output. It has nothing to say on it.
+async fn gone(stream: Option<&mut impl HostStream>) {
+    if let Some(stream) = stream {
+        while let Ok(1..) = stream.read(&mut [0; 64]).await {}
+        if stream.is_gone() {
+            return;
+        }
+    }
+    pending().await
+}
+
+/// Waits until the host hangs up a lifeline, in whichever way.
+pub(crate) async fn hang_up(mut lifeline: impl AsyncRead + Unpin) {
+    while let Ok(1..) = lifeline.read(&mut [0; 64]).await {}
+}
+
+async fn write_all(sink: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = sink.async_io(Interest::WRITABLE, |file| Ok(rustix::io::write(file.as_fd(), bytes)?)).await?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
+}
