@@ -6,6 +6,7 @@ use ttrpc::Code;
 use ttrpc::error::get_rpc_status;
 
 use crate::container::spec::SpecError;
+use crate::network::NetworkError;
 use crate::stdio::{NotHeld, StdioError};
 
 /// The failure of a request. Sentences that engines match on are runc's.
@@ -46,8 +47,8 @@ pub(crate) enum RequestError {
     /// What a process on its way into a container says of why it cannot run.
     #[error("{0}")]
     Program(String),
-    #[error("{0}")]
-    Network(String),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error("cannot {step}: {source}")]
     System { step: String, source: io::Error },
 }

@@ -10,13 +10,13 @@ use rustix::mount::{MountFlags, mount};
 use rustix::time::{ClockId, Timespec};
 
 use crate::error::RequestError;
-use crate::log;
+use crate::{log, network};
 
 /// As much as the kernel's pool takes in.
 const MAX_ENTROPY: usize = 512;
 
 /// Prepares the guest for its containers.
-pub(crate) fn configure(request: &agent::ConfigureSandboxRequest) -> Result<(), RequestError> {
+pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Result<(), RequestError> {
     if !request.hostname.is_empty() {
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(RequestError::system("set the host name"))?;
     }
@@ -26,6 +26,8 @@ pub(crate) fn configure(request: &agent::ConfigureSandboxRequest) -> Result<(), 
     if !request.entropy.is_empty() {
         add_entropy(&request.entropy).map_err(RequestError::system("credit the host's entropy"))?;
     }
+    // Loopback is there whatever network follows.
+    network::configure(&agent::ConfigureNetworkRequest::new()).await?;
     for share in &request.shares {
         mount_share(share).map_err(RequestError::system(format!("mount the share {:?}", share.tag)))?;
     }

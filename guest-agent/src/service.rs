@@ -8,7 +8,8 @@ use runvm_protocol::{agent, agent_ttrpc};
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::container::Containers;
-use crate::{network, sandbox};
+use crate::error::RequestError;
+use crate::{log, network, sandbox};
 
 /// The methods, for a server.
 pub(crate) fn methods(containers: Arc<Containers>) -> HashMap<String, Service> {
@@ -26,7 +27,7 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureSandboxRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(sandbox::configure(&request).map(|()| agent::Empty::new())?)
+        Ok(sandbox::configure(&request).await.map(|()| agent::Empty::new())?)
     }
 
     async fn configure_network(
@@ -34,7 +35,9 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureNetworkRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(network::configure(&request).await.map(|()| agent::Empty::new())?)
+        network::configure(&request).await.map_err(RequestError::from)?;
+        log::stage("network done");
+        Ok(agent::Empty::new())
     }
 
     async fn create_container(
