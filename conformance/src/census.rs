@@ -13,12 +13,17 @@ use crate::enclosure::cgroup_hierarchies;
 /// How long what is ending may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What engines keep under /run between two containers.
-const OF_ENGINES: [&str; 5] = ["/run/rvm", "/run/docker", "/run/containerd", "/run/xtables.lock", "/run/runc"];
+/// What engines and tools keep under /run between two containers.
+const OF_ENGINES: [&str; 6] =
+    ["/run/rvm", "/run/docker", "/run/containerd", "/run/xtables.lock", "/run/runc", "/run/mount"];
 
-/// What runvm may keep under /run between two containers: the answer of its KVM probe,
-/// which holds until the machine boots again, and the folders it lies in.
-const OF_RUNVM: [&str; 1] = ["/run/runvm"];
+/// What runvm may keep under /run between two containers: the folder of its records, and
+/// the answer of its KVM probe, which holds until the machine boots again.
+const OF_RUNVM: [&str; 2] = ["/run/runvm", "/run/runvm.accelerator"];
+
+/// The folder of named network namespaces, which `ip` makes a mount of; a name in it
+/// would be one too.
+const NETNS: &str = "/run/netns";
 
 /// Everything that a container could leave behind.
 #[derive(Debug, Default)]
@@ -46,17 +51,26 @@ impl Census {
 
     /// Fails if there is more now than there was; what is about to end may end.
     pub fn expect_nothing_new(&self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let left = Self::take()?.new_since(self);
-            if left.is_empty() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!("left behind:\n{}", left.join("\n"));
-            }
-            std::thread::sleep(Duration::from_millis(50));
+        expect_nothing(|| Ok(Self::take()?.new_since(self)))
+    }
+
+    /// Fails if anything carries this name: a container's ID, or how several begin.
+    pub fn expect_no_trace_of(name: &str) -> Result<()> {
+        expect_nothing(|| Ok(Self::take()?.0.into_iter().filter(|found| found.contains(name)).collect()))
+    }
+}
+
+fn expect_nothing(look: impl Fn() -> Result<Vec<String>>) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = look()?;
+        if left.is_empty() {
+            return Ok(());
         }
+        if Instant::now() > deadline {
+            bail!("left behind:\n{}", left.join("\n"));
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -125,8 +139,8 @@ fn mounts() -> Result<Vec<String>> {
     /// Docker's handle on the host's own network namespace, which it never lets go.
     const OF_DOCKER: &str = "/run/rvm/docker/netns/default";
     let mounts = fs::read_to_string("/proc/self/mounts")?;
-    let ours = mounts.lines().filter(|line| line.split(' ').nth(1) != Some(OF_DOCKER));
-    Ok(ours.map(|line| format!("mount {line}")).collect())
+    let place = |line: &str| line.split(' ').nth(1).is_none_or(|place| place != OF_DOCKER && place != NETNS);
+    Ok(mounts.lines().filter(|line| place(line)).map(|line| format!("mount {line}")).collect())
 }
 
 fn links() -> Result<Vec<String>> {
@@ -170,7 +184,8 @@ fn files(folder: &Path, found: &mut BTreeSet<String>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
         let of_engine = OF_ENGINES.iter().any(|known| path.starts_with(known)) && !of_a_runtime(&path);
-        if !of_engine && !OF_RUNVM.iter().any(|known| path == Path::new(known)) {
+        let known = OF_RUNVM.iter().chain([&NETNS]).any(|known| path == Path::new(known));
+        if !of_engine && !known {
             found.insert(format!("file {}", path.display()));
         }
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

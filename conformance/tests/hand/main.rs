@@ -1,1 +1,23 @@
-fn main() {}
+//! The runtime called by hand, with bundles made by hand, held against runc.
+
+mod life;
+mod missing;
+mod processes;
+mod refused;
+mod report;
+mod surroundings;
+
+use std::process::ExitCode;
+
+use conformance::bundle::{Hand, Workshop};
+use conformance::enclosure::run_inside;
+use conformance::suite::{Suite, run};
+
+fn main() -> ExitCode {
+    let cases =
+        [life::cases(), processes::cases(), surroundings::cases(), report::cases(), refused::cases(), missing::cases()];
+    run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
+        let suite = Suite { name: "hand", cases: cases.into_iter().flatten().collect(), open: Hand::open };
+        run(suite, || Workshop::open(enclosure))
+    })
+}

@@ -1,0 +1,136 @@
+//! Further processes in a container.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use conformance::bundle::Hand;
+use conformance::command::eventually;
+use conformance::suite::expect_equal;
+use conformance::{Case, Outcome, Terminal, case};
+use serde_json::json;
+
+pub(crate) fn cases() -> Vec<Case<Hand>> {
+    vec![
+        case!(exec_passes_streams_and_code).tcg(),
+        case!(exec_has_a_terminal),
+        case!(exec_takes_user_folder_and_environment),
+        case!(exec_of_a_process_file),
+        case!(exec_in_the_background_has_a_pid),
+        case!(exec_of_what_is_not_there),
+        case!(exec_needs_a_running_container),
+        case!(ps_lists_processes_of_the_host),
+        case!(a_killed_exec_ends_inside),
+    ]
+}
+
+const SLEEP: &[&str] = &["sleep", "1000"];
+
+fn exec_passes_streams_and_code(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let output = bundle.exec("", "echo out; echo err >&2; wc -c; exit 38").input(vec![b'x'; 500_001]).run()?;
+    expect_equal("output and code", (output.text(), output.code), ("out\n500001", 38))?;
+    Ok(Outcome::new()
+        .see("exit", output.code)
+        .see("stdout", &output.stdout)
+        .see("stderr", output.stderr.lines().next().unwrap_or_default()))
+}
+
+fn exec_has_a_terminal(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let script = "until [ \"$(stty size 2>/dev/null)\" = '44 122' ]; do sleep 0.1; done; tty; exit 5";
+    let mut terminal = Terminal::open(bundle.exec("--tty", &format!("echo ready; {script}")), 33, 99)?;
+    terminal.expect("ready")?;
+    terminal.resize(44, 122)?;
+    let (code, shown) = terminal.finish()?;
+    ensure!(shown.contains("/dev/pts/"), "no terminal: {shown}");
+    Ok(Outcome::new().see("exit", code))
+}
+
+fn exec_takes_user_folder_and_environment(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let options = "--user 1000:50 --cwd /tmp --env ONE=1 --additional-gids 4321";
+    let output = bundle.exec(options, "id -u; id -g; id -G; pwd; echo $ONE").run()?;
+    expect_equal("output", output.text(), "1000\n50\n50 4321\n/tmp\n1")?;
+    Ok(Outcome::new().see_output("exec", &output))
+}
+
+fn exec_of_a_process_file(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let process = json!({
+        "args": ["sh", "-c", "echo $FROM; pwd; id -u; ulimit -n; grep CapEff /proc/self/status | tr '\t' ' '"],
+        "cwd": "/etc",
+        "env": ["FROM=a file", "PATH=/bin"],
+        "user": { "uid": 1000, "gid": 1000 },
+        "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 111, "hard": 222 }],
+        "capabilities": { "bounding": ["CAP_KILL"] },
+    });
+    let file = h.folder().join("process.json");
+    std::fs::write(&file, process.to_string())?;
+    let output = bundle.call(&format!("exec --process {}", file.display())).run()?;
+    ensure!(output.stdout.starts_with("a file\n/etc\n1000\n111\n"), "{}{}", output.stdout, output.stderr);
+    Ok(Outcome::new().see_output("exec", &output))
+}
+
+fn exec_in_the_background_has_a_pid(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let pid_file = h.folder().join("pid");
+    let words = format!("exec --detach --pid-file {}", pid_file.display());
+    let output = bundle.call(&words).args(["sh", "-c", "echo here >/made; sleep 1000"]).run()?;
+    expect_equal("exit code", output.code, 0)?;
+    let pid = std::fs::read_to_string(pid_file)?;
+    ensure!(std::path::Path::new("/proc").join(pid.trim()).exists(), "there is no process {pid}");
+    eventually(Duration::from_secs(10), "the file made inside", || Ok(bundle.inside("made").exists().then_some(())))?;
+    Ok(Outcome::new().see("exit", output.code))
+}
+
+fn exec_of_what_is_not_there(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let output = bundle.call("exec").arg("no-such-program").run()?;
+    ensure!(output.stderr.contains("no-such-program"), "the sentence does not name it: {}", output.stderr);
+    Ok(Outcome::new().see("exit", output.code).see("the container", bundle.status()?))
+}
+
+fn exec_needs_a_running_container(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("exit 0")?;
+    bundle.start()?;
+    bundle.expect_stopped()?;
+    let stopped = bundle.exec("", "true").run()?;
+    let missing = h.call("exec no-such-container true").run()?;
+    ensure!(missing.stderr.contains("does not exist"), "another sentence: {}", missing.stderr);
+    Ok(Outcome::new().see("stopped", stopped.code).see("missing", missing.code))
+}
+
+fn ps_lists_processes_of_the_host(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let output = bundle.call("ps --format json").ok()?;
+    let pids: Vec<u32> = serde_json::from_str(&output.stdout)?;
+    let pid = bundle.state()?["pid"].as_u64().context("the state has a PID")?;
+    ensure!(pids.iter().any(|&have| u64::from(have) == pid), "{pid} is not among {pids:?}");
+    let table = bundle.call("ps").ok()?;
+    ensure!(table.stdout.contains(&pid.to_string()), "{pid} is not in the table: {}", table.stdout);
+    Ok(Outcome::new()
+        .see("exit", output.code)
+        .see("title", table.stdout.lines().next().is_some_and(|title| title.contains("PID"))))
+}
+
+fn a_killed_exec_ends_inside(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let pid_file = h.folder().join("pid");
+    bundle.call(&format!("exec --detach --pid-file {}", pid_file.display())).args(["sleep", "4242"]).ok()?;
+    let inside = "grep -l 4242 /proc/[0-9]*/cmdline 2>/dev/null | grep -cv self";
+    let count = || Ok::<_, anyhow::Error>(bundle.exec("", &format!("{inside}; true")).run()?.text().to_owned());
+    let before = count()?;
+    let pid: i32 = std::fs::read_to_string(pid_file)?.trim().parse()?;
+    let pid = rustix::process::Pid::from_raw(pid).context("a PID is not 0")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    eventually(Duration::from_secs(10), "the end of the process inside", || Ok((count()? < before).then_some(())))?;
+    Ok(Outcome::new().see("the container", bundle.status()?))
+}

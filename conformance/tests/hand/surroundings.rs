@@ -1,0 +1,141 @@
+//! What a bundle asks of the world around the container: hooks, mounts, a network namespace.
+
+use anyhow::{Result, ensure};
+use conformance::bundle::Hand;
+use conformance::suite::{expect_equal, next_number};
+use conformance::{Case, Cmd, Outcome, case};
+use serde_json::{Value, json};
+
+pub(crate) fn cases() -> Vec<Case<Hand>> {
+    vec![
+        case!(hooks_run_in_their_order),
+        case!(a_failing_hook_ends_it),
+        case!(a_network_namespace_with_a_veth).tcg(),
+        case!(mounts_of_all_kinds),
+        case!(masked_and_read_only_paths),
+        case!(annotations_are_kept),
+        case!(a_root_of_ones_own_for_the_records),
+    ]
+}
+
+fn hooks_run_in_their_order(h: &Hand) -> Result<Outcome> {
+    let log = h.folder().join("hooks");
+    let hook = |name: &str| {
+        let script =
+            format!("read state; echo {name} $(echo \"$state\" | grep -o '\"status\":\"[a-z]*\"') >>{}", log.display());
+        json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }])
+    };
+    let bundle = h.bundle_with(&["true"], |config| {
+        config["hooks"] = json!({
+            "prestart": hook("prestart"),
+            "createRuntime": hook("createRuntime"),
+            "poststart": hook("poststart"),
+            "poststop": hook("poststop"),
+            "startContainer": [{ "path": "/bin/sh", "args": ["sh", "-c", "cat >/state-inside"] }],
+        });
+    })?;
+    bundle.run().ok()?;
+    let inside = std::fs::read_to_string(bundle.inside("state-inside"))?;
+    ensure!(inside.contains(&bundle.id), "the hook inside got no state: {inside}");
+    let order = std::fs::read_to_string(log)?;
+    ensure!(order.lines().count() == 4, "hooks are missing: {order}");
+    Ok(Outcome::new().see("order", order))
+}
+
+fn a_failing_hook_ends_it(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(&["true"], |config| {
+        config["hooks"] =
+            json!({ "createRuntime": [{ "path": "/bin/sh", "args": ["sh", "-c", "echo no >&2; exit 3"] }] });
+    })?;
+    let output = bundle.run().run()?;
+    ensure!(output.stderr.contains("hook"), "the sentence does not speak of the hook: {}", output.stderr);
+    bundle.expect_no_trace()?;
+    Ok(Outcome::new().see("exit", output.code))
+}
+
+fn a_network_namespace_with_a_veth(h: &Hand) -> Result<Outcome> {
+    let number = next_number();
+    let (name, host, inner) = (format!("rvmn{number}"), format!("rvmh{number}"), format!("rvmi{number}"));
+    let ip = |line: String| Cmd::new("ip").args(line.split(' ')).ok();
+    ip(format!("netns add {name}"))?;
+    ip(format!("link add {host} type veth peer name {inner} address 02:00:00:00:00:07 mtu 1400 netns {name}"))?;
+    ip(format!("address add 10.77.{}.1/24 dev {host}", number % 256))?;
+    ip(format!("link set {host} up"))?;
+    ip(format!("-n {name} link set {inner} name eth0"))?;
+    ip(format!("-n {name} address add 10.77.{}.2/24 dev eth0", number % 256))?;
+    ip(format!("-n {name} link set eth0 up"))?;
+    ip(format!("-n {name} route add default via 10.77.{}.1", number % 256))?;
+
+    let script = format!(
+        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip route | grep -c default;
+         ping -c 1 -W 10 10.77.{}.1 | grep -o '1 packets received'",
+        number % 256
+    );
+    let bundle = h.bundle_with(&["sh", "-c", &script], |config| {
+        for set in ["bounding", "effective", "permitted"] {
+            config["process"]["capabilities"][set] = json!(["CAP_NET_RAW"]);
+        }
+        let path = json!(format!("/run/netns/{name}"));
+        for namespace in config["linux"]["namespaces"].as_array_mut().into_iter().flatten() {
+            if namespace["type"] == "network" {
+                namespace["path"].clone_from(&path);
+            }
+        }
+    })?;
+    let output = bundle.run().run()?;
+    let links = Cmd::new("ip").args(["-n", &name, "-o", "link"]).ok()?;
+    ip(format!("netns delete {name}"))?;
+    expect_equal("what was seen", output.text(), "02:00:00:00:00:07\n1400\n1\n1 packets received")?;
+    Ok(Outcome::new().see_output("run", &output).see("links left in the namespace", links.stdout.lines().count()))
+}
+
+fn mounts_of_all_kinds(h: &Hand) -> Result<Outcome> {
+    let source = h.folder().join("source");
+    std::fs::create_dir(&source)?;
+    std::fs::write(source.join("file"), "bound\n")?;
+    let script = "cat /bound/file /file; echo x >/bound/new; echo x >/file; echo x >/scratch/x && cat /scratch/x; stat -c %a /scratch";
+    let bundle = h.bundle_with(&["sh", "-c", script], |config| {
+        let mounts = [
+            json!({ "destination": "/bound", "type": "bind", "source": source, "options": ["rbind", "ro"] }),
+            json!({ "destination": "/file", "type": "bind", "source": source.join("file"), "options": ["bind", "ro"] }),
+            json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1770", "size=1m"] }),
+        ];
+        config["mounts"].as_array_mut().into_iter().for_each(|list| list.extend(mounts.clone()));
+    })?;
+    let output = bundle.run().run()?;
+    expect_equal("output", output.text(), "bound\nbound\nx\n1770")?;
+    ensure!(output.stderr.matches("Read-only file system").count() == 2, "a write went through: {}", output.stderr);
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn masked_and_read_only_paths(h: &Hand) -> Result<Outcome> {
+    let script = "cat /etc/passwd | wc -c; ls /home | wc -l; echo x >/etc/group; echo x >/new && cat /new";
+    let bundle = h.bundle_with(&["sh", "-c", script], |config| {
+        config["linux"]["maskedPaths"] = json!(["/etc/passwd", "/home", "/not/there"]);
+        config["linux"]["readonlyPaths"] = json!(["/etc/group", "/not/there"]);
+    })?;
+    let output = bundle.run().run()?;
+    expect_equal("output", output.text(), "0\n0\nx")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn annotations_are_kept(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(&["true"], |config| config["annotations"] = json!({ "org.example.note": "kept" }))?;
+    bundle.create()?;
+    let note: Value = bundle.state()?["annotations"]["org.example.note"].clone();
+    expect_equal("annotation", note.as_str(), Some("kept"))?;
+    Ok(Outcome::new().see("note", note))
+}
+
+fn a_root_of_ones_own_for_the_records(h: &Hand) -> Result<Outcome> {
+    let root = h.folder().join("records");
+    let bundle = h.bundle("sleep 1000")?;
+    let words = format!("--root {}", root.display());
+    bundle.in_background(&format!("{words} run --detach"))?;
+    let known = bundle.call(&format!("{words} state")).run()?;
+    let elsewhere = bundle.call("state").run()?;
+    bundle.call(&format!("{words} delete --force")).ok()?;
+    expect_equal("codes", (known.code, elsewhere.code), (0, 1))?;
+    let left = std::fs::read_dir(root)?.count();
+    Ok(Outcome::new().see("known", known.code).see("elsewhere", elsewhere.code).see("records left", left))
+}
