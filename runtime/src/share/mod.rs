@@ -12,6 +12,8 @@ mod confine;
 mod control;
 mod log;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod tree;
 
 use std::io;

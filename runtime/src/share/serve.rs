@@ -90,6 +90,8 @@ fn config(own_descriptors: OwnedFd, descriptor_limit: u64) -> Result<Config, Set
         xattr: true,
         xattrmap: Some(attributes),
         posix_acl: NegotiationMode::Auto,
+        // O_DIRECT means what it says, as it does to a process on the host.
+        allow_direct_io: true,
         // Spares the guest asking for `security.capability` before every write.
         killpriv_v2: true,
         ..Config::default()
