@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use runvm_protocol::SERIAL_PORT_NAME;
 use rustix::event::epoll;
@@ -20,6 +21,10 @@ use crate::readiness;
 
 /// The group of the kernel's own device events.
 const KERNEL_EVENTS: u32 = 1;
+
+/// QEMU under TCG looks at what the host has sent before the port was open only when its main loop turns for another
+/// reason. A timer of the guest's, however short, is one.
+const NUDGE: Duration = Duration::from_millis(1);
 
 /// The port as a byte stream. Reads end when the host's side closes.
 pub(crate) struct Serial {
@@ -45,6 +50,7 @@ impl Serial {
             Poll::Ready(Ok::<_, io::Error>(()))
         })
         .await?;
+        tokio::spawn(tokio::time::sleep(NUDGE));
         Ok(serial)
     }
 
