@@ -55,11 +55,8 @@ impl AgentError {
         matches!(self, Self::Refused { code: ttrpc::Code::NOT_FOUND, .. })
     }
 
-    fn from_ttrpc(error: ttrpc::Error, request: &'static str) -> Self {
+    fn from_ttrpc(error: ttrpc::Error) -> Self {
         match error {
-            ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::DEADLINE_EXCEEDED => {
-                Self::Silent { request }
-            }
             ttrpc::Error::RpcStatus(status) => {
                 let mut message = status.message().replace(char::is_control, " ");
                 message.truncate(message.floor_char_boundary(MAX_SENTENCE));
@@ -86,6 +83,17 @@ pub struct Exit {
     pub status: u8,
     /// The guest's kernel killed a process of the container for want of memory.
     pub oom_killed: bool,
+    /// How much of its output was handed over. Its streams may stay open: a child in the background can hold them.
+    pub output: Output,
+}
+
+/// Bytes of a process's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Output {
+    /// On stdout, or on the terminal.
+    pub stdout: u64,
+    /// On stderr.
+    pub stderr: u64,
 }
 
 impl Agent {
@@ -123,12 +131,13 @@ impl Agent {
         }
     }
 
-    /// Prepares the guest; the first thing it is asked.
+    /// Prepares the guest; the first thing it is asked. The guest may still be booting: the bound is the caller's.
     ///
     /// # Errors
     /// [`AgentError`], as for all that follow.
     pub async fn configure_sandbox(&self, request: wire::ConfigureSandboxRequest) -> Result<()> {
-        ask("ConfigureSandbox", self.client.configure_sandbox(limited(), &request)).await.map(drop)
+        let answer = self.client.configure_sandbox(unlimited(), &request).await;
+        answer.map(drop).map_err(AgentError::from_ttrpc)
     }
 
     /// Sets up the guest's network.
@@ -136,7 +145,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn configure_network(&self, request: wire::ConfigureNetworkRequest) -> Result<()> {
-        ask("ConfigureNetwork", self.client.configure_network(limited(), &request)).await.map(drop)
+        ask("ConfigureNetwork", self.client.configure_network(unlimited(), &request)).await.map(drop)
     }
 
     /// Creates a container up to the point where only its program is left to run.
@@ -144,7 +153,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn create_container(&self, request: wire::CreateContainerRequest) -> Result<()> {
-        ask("CreateContainer", self.client.create_container(limited(), &request)).await.map(drop)
+        ask("CreateContainer", self.client.create_container(unlimited(), &request)).await.map(drop)
     }
 
     /// Runs a created container's program.
@@ -152,7 +161,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn start_container(&self, id: &str) -> Result<()> {
-        ask("StartContainer", self.client.start_container(limited(), &container(id))).await.map(drop)
+        ask("StartContainer", self.client.start_container(unlimited(), &container(id))).await.map(drop)
     }
 
     /// Freezes a container.
@@ -160,7 +169,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn pause_container(&self, id: &str) -> Result<()> {
-        ask("PauseContainer", self.client.pause_container(limited(), &container(id))).await.map(drop)
+        ask("PauseContainer", self.client.pause_container(unlimited(), &container(id))).await.map(drop)
     }
 
     /// Lets a frozen container go on.
@@ -168,7 +177,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn resume_container(&self, id: &str) -> Result<()> {
-        ask("ResumeContainer", self.client.resume_container(limited(), &container(id))).await.map(drop)
+        ask("ResumeContainer", self.client.resume_container(unlimited(), &container(id))).await.map(drop)
     }
 
     /// Runs a further process in a container.
@@ -176,7 +185,7 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn exec_process(&self, request: wire::ExecProcessRequest) -> Result<()> {
-        ask("ExecProcess", self.client.exec_process(limited(), &request)).await.map(drop)
+        ask("ExecProcess", self.client.exec_process(unlimited(), &request)).await.map(drop)
     }
 
     /// Sends a signal to a process: the container's first one where `exec_id` is empty; to every process of the
@@ -192,7 +201,7 @@ impl Agent {
             all,
             ..Default::default()
         };
-        ask("SignalProcess", self.client.signal_process(limited(), &request)).await.map(drop)
+        ask("SignalProcess", self.client.signal_process(unlimited(), &request)).await.map(drop)
     }
 
     /// Tells a process's terminal its size.
@@ -207,7 +216,7 @@ impl Agent {
             columns: columns.into(),
             ..Default::default()
         };
-        ask("ResizeTerminal", self.client.resize_terminal(limited(), &request)).await.map(drop)
+        ask("ResizeTerminal", self.client.resize_terminal(unlimited(), &request)).await.map(drop)
     }
 
     /// Waits, without a bound, until a process has ended and its output was handed over.
@@ -216,11 +225,12 @@ impl Agent {
     /// [`AgentError`]; the channel's end when the VM ends.
     pub async fn wait_process(&self, id: &str, exec_id: &str) -> Result<Exit> {
         let request = ProcessRequest { container_id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
-        let waiting = self.client.wait_process(context::with_timeout(0), &request).await;
-        let response = waiting.map_err(|error| AgentError::from_ttrpc(error, "WaitProcess"))?;
+        let waiting = self.client.wait_process(unlimited(), &request).await;
+        let response = waiting.map_err(AgentError::from_ttrpc)?;
         // A status beyond a byte is no status: only a hostile agent sends it.
         let status = u8::try_from(response.exit_status).unwrap_or(u8::MAX);
-        Ok(Exit { status, oom_killed: response.oom_killed })
+        let output = Output { stdout: response.stdout_bytes, stderr: response.stderr_bytes };
+        Ok(Exit { status, oom_killed: response.oom_killed, output })
     }
 }
 
@@ -228,14 +238,14 @@ fn container(id: &str) -> wire::ContainerRequest {
     wire::ContainerRequest { container_id: id.to_owned(), ..Default::default() }
 }
 
-fn limited() -> Context {
-    context::with_duration(ANSWER_LIMIT)
+/// The bound is [`ask`]'s, which holds for sending too.
+fn unlimited() -> Context {
+    context::with_timeout(0)
 }
 
-/// ttrpc bounds an answer's arrival; the send that comes first is bounded here too.
 async fn ask<T>(request: &'static str, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
     match tokio::time::timeout(ANSWER_LIMIT, answer).await {
-        Ok(answer) => answer.map_err(|error| AgentError::from_ttrpc(error, request)),
+        Ok(answer) => answer.map_err(AgentError::from_ttrpc),
         Err(_) => Err(AgentError::Silent { request }),
     }
 }

@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use runvm_protocol::agent as wire;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::task::JoinSet;
+use tokio::sync::watch;
 
-use super::{Agent, AgentError};
+use super::{Agent, AgentError, Output};
 use crate::host::terminal::{self, Size};
 use crate::vmm::ByteStream;
 
@@ -68,7 +68,8 @@ fn is_null(descriptor: impl AsFd) -> bool {
 /// The joined streams of one process.
 pub struct Relay {
     stdin: Option<(File, ByteStream)>,
-    outputs: Vec<(ByteStream, File)>,
+    stdout: Option<(ByteStream, File)>,
+    stderr: Option<(ByteStream, File)>,
     /// As long as this is open, the guest's process has somebody to run for.
     lifeline: Option<ByteStream>,
 }
@@ -89,19 +90,18 @@ impl Relay {
             terminal_columns: descriptors.size.columns.into(),
             ..Default::default()
         };
-        let mut relay = Self { stdin: None, outputs: Vec::new(), lifeline: None };
+        let mut relay = Self { stdin: None, stdout: None, stderr: None, lifeline: None };
         if let Some(descriptor) = descriptors.stdin {
             named.stdin = format!("{key}/stdin");
             relay.stdin = Some((file(descriptor), agent.open_stdio(&named.stdin).await?));
         }
-        for (descriptor, name) in [(descriptors.stdout, "stdout"), (descriptors.stderr, "stderr")] {
-            let Some(descriptor) = descriptor else { continue };
-            let key = format!("{key}/{name}");
-            relay.outputs.push((agent.open_stdio(&key).await?, file(descriptor)));
-            match name {
-                "stdout" => named.stdout = key,
-                _ => named.stderr = key,
-            }
+        if let Some(descriptor) = descriptors.stdout {
+            named.stdout = format!("{key}/stdout");
+            relay.stdout = Some((agent.open_stdio(&named.stdout).await?, file(descriptor)));
+        }
+        if let Some(descriptor) = descriptors.stderr {
+            named.stderr = format!("{key}/stderr");
+            relay.stderr = Some((agent.open_stdio(&named.stderr).await?, file(descriptor)));
         }
         if lifeline {
             named.lifeline = format!("{key}/life");
@@ -115,25 +115,41 @@ impl Relay {
         if let Some((input, stream)) = self.stdin {
             tokio::spawn(send(input, stream));
         }
-        let mut outputs = JoinSet::new();
-        for (stream, output) in self.outputs {
-            outputs.spawn(receive(stream, output));
-        }
-        RunningRelay { outputs, _lifeline: self.lifeline }
+        let carry = |output: Option<(ByteStream, File)>| {
+            output.map(|(stream, file)| {
+                let (report, carried) = watch::channel(Carried::default());
+                tokio::spawn(receive(stream, file, report));
+                carried
+            })
+        };
+        RunningRelay { stdout: carry(self.stdout), stderr: carry(self.stderr), _lifeline: self.lifeline }
     }
 }
 
 /// The moving streams of one process.
 pub struct RunningRelay {
-    outputs: JoinSet<()>,
+    stdout: Option<watch::Receiver<Carried>>,
+    stderr: Option<watch::Receiver<Carried>>,
     _lifeline: Option<ByteStream>,
 }
 
 impl RunningRelay {
-    /// Returns when all output has been written, however slow its reader is.
-    pub async fn drained(mut self) {
-        while self.outputs.join_next().await.is_some() {}
+    /// Returns when that much output has been written, or all that there is, however slow its reader is.
+    pub async fn drained(self, output: Output) {
+        for (carried, wanted) in [(self.stdout, output.stdout), (self.stderr, output.stderr)] {
+            if let Some(mut carried) = carried {
+                // An error means that the carrier has ended: nothing more will come.
+                let _ = carried.wait_for(|carried| carried.ended || carried.bytes >= wanted).await;
+            }
+        }
     }
+}
+
+/// How far an output has come.
+#[derive(Debug, Default)]
+struct Carried {
+    bytes: u64,
+    ended: bool,
 }
 
 fn file(descriptor: OwnedFd) -> File {
@@ -162,12 +178,14 @@ async fn send(mut input: File, mut stream: ByteStream) {
     }
 }
 
-async fn receive(mut stream: ByteStream, mut output: File) {
+async fn receive(mut stream: ByteStream, mut output: File, report: watch::Sender<Carried>) {
     let mut piece = vec![0; PIECE];
     while let Ok(length @ 1..) = stream.read(&mut piece).await {
         if output.write_all(&piece[..length]).await.is_err() || output.flush().await.is_err() {
             // Dropping the stream resets it, and the guest's process gets the SIGPIPE that it would have got here.
-            return;
+            break;
         }
+        report.send_modify(|carried| carried.bytes += length as u64);
     }
+    report.send_modify(|carried| carried.ended = true);
 }

@@ -100,7 +100,9 @@ pub fn end_with_owner(command: &mut Command) -> &mut Command {
 
 /// This program, for a process of its own that does another part of the work.
 pub fn own_program() -> Command {
-    Command::new("/proc/self/exe")
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("runvm");
+    command
 }
 
 #[cfg(test)]

@@ -47,7 +47,7 @@ pub async fn attend(process: Process, relay: Relay, terminal: Option<&OwnedFd>) 
         errands.spawn(follow_size(process.clone(), terminal));
     }
     let exit = process.agent.wait_process(&process.container_id, &process.exec_id).await?;
-    relay.drained().await;
+    relay.drained(exit.output).await;
     Ok(exit)
 }
 

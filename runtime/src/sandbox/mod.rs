@@ -233,7 +233,8 @@ async fn pass_on_log(agent: Agent) {
         let (message, stage) = (text("message"), text("stage"));
         match text("level").as_str() {
             // An error of the guest's is no error of the command, whose last one engines show.
-            "error" | "warn" => tracing::warn!(guest_us, "guest: {message}"),
+            "error" => tracing::warn!(guest_us, "guest: {message}"),
+            "warn" => tracing::info!(guest_us, "guest: {message}"),
             _ if stage.is_empty() => tracing::debug!(guest_us, "guest: {message}"),
             _ => tracing::debug!(guest_us, stage, mono_us = log::monotonic_us(), "guest: {message}"),
         }
