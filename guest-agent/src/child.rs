@@ -67,11 +67,8 @@ fn close_range(first: i32, last: i32) {
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
-/// The agent's handlers write into a file that is closed by now; and a program expects the ordinary ways of the
-/// signals that Rust's runtime and the agent have changed.
+/// The agent's handler writes into a file that is closed by now.
 fn forget_signals() {
-    for signal in [libc::SIGCHLD, libc::SIGPIPE] {
-        // SAFETY: the default action is no code of this process.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
+    // SAFETY: the default action is no code of this process.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }

@@ -126,12 +126,14 @@ pub(crate) async fn adopt(pipe: impl AsyncRead + Unpin) -> ChildLog {
         if !matches!(read, Ok(1..)) {
             return child;
         }
-        let Ok(parsed) = serde_json::from_slice::<Line>(&line) else { continue };
-        if parsed.level == "error" && child.first_error.is_none() {
-            child.first_error = Some(parsed.message.clone());
+        let Ok(mut parsed) = serde_json::from_slice::<Line>(&line) else { continue };
+        if parsed.level == "error" {
+            // It is an error of the request, which the host answers for; to the agent it is but a warning.
+            parsed.level = "warn".into();
+            child.first_error.get_or_insert_with(|| parsed.message.clone());
         }
         if let Some(log) = LOG.get() {
-            log.hold(std::mem::take(&mut line));
+            log.write(&parsed);
         }
     }
 }
@@ -189,7 +191,10 @@ struct Collector;
 
 impl Subscriber for Collector {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        LOG.get().is_some_and(|log| *metadata.level() <= log.level)
+        // What a library warns of is its own matter; what it fails with may be the cause of a failure here.
+        let own = metadata.target().starts_with("runvm");
+        let shown = |log: &Log| *metadata.level() <= if own { log.level } else { log.level.min(LevelFilter::ERROR) };
+        LOG.get().is_some_and(|log| log.level >= LevelFilter::DEBUG || shown(log))
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::oci_spec::runtime::Spec;
-use libcontainer::process::channel::ChannelError;
 use libcontainer::syscall::syscall::SyscallType;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -20,6 +19,7 @@ use tokio::io::Interest;
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
 
+use super::cwd;
 use super::program::{Program, describe};
 use crate::child;
 use crate::error::RequestError;
@@ -85,10 +85,6 @@ pub(super) async fn create(
     spec: &Spec,
     stdio: FirstStdio,
 ) -> Result<Created, RequestError> {
-    let config = serde_json::to_vec(spec).map_err(io::Error::from);
-    config
-        .and_then(|config| fs::write(files.folder.join("config.json"), config))
-        .map_err(RequestError::system("write config.json"))?;
     let console = match stdio {
         FirstStdio::Terminal => {
             Some(UnixListener::bind(files.console()).map_err(RequestError::system("make the console socket"))?)
@@ -100,9 +96,9 @@ pub(super) async fn create(
     let helper = match &stdio {
         FirstStdio::Pipes(ends) => {
             let keep = [ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()];
-            child::fork(log_end, &keep, || build(files, Some(ends)))
+            child::fork(log_end, &keep, || build(files, spec, Some(ends)))
         }
-        FirstStdio::Terminal => child::fork(log_end, &[], || build(files, None)),
+        FirstStdio::Terminal => child::fork(log_end, &[], || build(files, spec, None)),
     };
     drop(stdio);
     let helper = reaper.watch(helper.map_err(RequestError::system("start a process"))?);
@@ -130,20 +126,29 @@ pub(super) async fn start(files: &Files) -> io::Result<()> {
 
 /// In the child: has libcontainer make the container. What goes wrong is left in a file, since any descriptor of this
 /// process goes on to the container's first one.
-fn build(files: &Files, stdio: Option<&ChildEnds>) -> i32 {
-    let built = stdio.map(duplicate).transpose().map_err(LibcontainerError::OtherIO).and_then(|stdio| {
-        let mut builder = ContainerBuilder::new(files.name.clone(), SyscallType::default())
-            .with_root_path(STATE)?
-            .with_executor(Program);
-        builder = match stdio {
-            Some(ends) => builder.with_stdin(ends.stdin).with_stdout(ends.stdout).with_stderr(ends.stderr),
-            None => builder.with_console_socket(Some(files.console())),
-        };
-        builder.as_init(&files.folder).with_systemd(false).with_detach(true).build()
-    });
+fn build(files: &Files, spec: &Spec, stdio: Option<&ChildEnds>) -> i32 {
+    let written = write_config(files, spec).map_err(LibcontainerError::OtherIO);
+    let built = written.and_then(|()| try_build(files, stdio));
     let Err(error) = built else { return 0 };
     let _ = fs::write(files.failure(), sentence(&error));
     1
+}
+
+fn write_config(files: &Files, spec: &Spec) -> io::Result<()> {
+    let mut spec = spec.clone();
+    cwd::provide(&mut spec)?;
+    fs::write(files.folder.join("config.json"), serde_json::to_vec(&spec)?)
+}
+
+fn try_build(files: &Files, stdio: Option<&ChildEnds>) -> Result<(), LibcontainerError> {
+    let stdio = stdio.map(duplicate).transpose().map_err(LibcontainerError::OtherIO)?;
+    let mut builder =
+        ContainerBuilder::new(files.name.clone(), SyscallType::default()).with_root_path(STATE)?.with_executor(Program);
+    builder = match stdio {
+        Some(ends) => builder.with_stdin(ends.stdin).with_stdout(ends.stdout).with_stderr(ends.stderr),
+        None => builder.with_console_socket(Some(files.console())),
+    };
+    builder.as_init(&files.folder).with_systemd(false).with_detach(true).build().map(drop)
 }
 
 /// libcontainer closes what it is given.
@@ -151,21 +156,19 @@ fn duplicate(ends: &ChildEnds) -> io::Result<ChildEnds> {
     Ok(ChildEnds { stdin: ends.stdin.try_clone()?, stdout: ends.stdout.try_clone()?, stderr: ends.stderr.try_clone()? })
 }
 
-/// The sentence of an error: that of the process inside where it has one, else the whole chain.
+/// The sentence of an error. libcontainer hands its processes' errors on as text, each wrapped in the next.
 fn sentence(error: &LibcontainerError) -> String {
-    let mut chain = Vec::new();
-    let mut next: Option<&(dyn Error + 'static)> = Some(error);
-    while let Some(error) = next {
-        if let Some(ChannelError::ExecError(inside)) = error.downcast_ref() {
-            return inside.clone();
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        let cause = source.to_string();
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
         }
-        let text = error.to_string();
-        if chain.last() != Some(&text) {
-            chain.push(text);
-        }
-        next = error.source();
+        next = source.source();
     }
-    chain.join(": ")
+    let inside = text.split_once("error in executing process : ").map(|(_, inside)| inside);
+    inside.or_else(|| text.strip_prefix("failed to create container: ")).unwrap_or(&text).to_owned()
 }
 
 /// Why the creation failed, with the cause from the log where the sentence has none.
@@ -174,7 +177,7 @@ fn failure(files: &Files, spec: &Spec, log: ChildLog) -> String {
     match log.first_error {
         _ if sentence.starts_with("exec: ") => sentence,
         Some(cause) if cause.starts_with("failed to chdir") => chdir_failure(spec, &cause),
-        Some(cause) if !sentence.contains(&cause) => format!("{sentence}: {cause}"),
+        Some(cause) if !cause.contains(&sentence) => format!("{sentence}: {cause}"),
         _ => sentence,
     }
 }
@@ -182,9 +185,11 @@ fn failure(files: &Files, spec: &Spec, log: ChildLog) -> String {
 /// runc's sentence for a working directory that cannot be entered.
 fn chdir_failure(spec: &Spec, cause: &str) -> String {
     let cwd = spec.process().as_ref().map(|process| process.cwd().display().to_string()).unwrap_or_default();
-    let errnos = [Errno::NOENT, Errno::NOTDIR, Errno::ACCESS, Errno::LOOP];
-    let names = ["ENOENT", "ENOTDIR", "EACCES", "ELOOP"];
-    let errno = names.iter().position(|name| cause.contains(name)).map(|index| describe(errnos[index]));
+    if cause.contains("ENOTDIR") {
+        return format!("mkdir {cwd}: {}", describe(Errno::NOTDIR));
+    }
+    let errnos = [("ENOENT", Errno::NOENT), ("EACCES", Errno::ACCESS), ("ELOOP", Errno::LOOP)];
+    let errno = errnos.iter().find(|(name, _)| cause.contains(name)).map(|&(_, errno)| describe(errno));
     format!("chdir to cwd ({cwd:?}) set in config.json failed: {}", errno.as_deref().unwrap_or(cause))
 }
 

@@ -2,6 +2,7 @@
 
 mod cgroup;
 mod create;
+pub(crate) mod cwd;
 mod exec;
 mod program;
 pub(crate) mod spec;

@@ -54,6 +54,8 @@ pub(crate) fn run(process: &Process) -> Result<Infallible, String> {
     let arguments = c_strings(arguments).ok_or_else(|| failed(&describe(Errno::INVAL)))?;
     let environment = c_strings(environment(process).iter()).ok_or_else(|| failed(&describe(Errno::INVAL)))?;
     let (argv, envp) = (pointers(&arguments), pointers(&environment));
+    // SAFETY: the default action, which Rust's runtime has changed and programs expect, is no code of this process.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     // SAFETY: both arrays end with a null pointer, and point to strings that live until the program replaces them.
     unsafe { libc::execve(program.as_ptr(), argv.as_ptr(), envp.as_ptr()) };
     let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::NOEXEC);

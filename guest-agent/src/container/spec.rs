@@ -9,7 +9,7 @@ use std::path::Path;
 use std::{fs, os::unix::fs::MetadataExt as _};
 
 use libcontainer::oci_spec::runtime::{
-    Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespace, LinuxNamespaceBuilder,
+    Hooks, Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespace, LinuxNamespaceBuilder,
     LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec,
 };
 
@@ -45,6 +45,9 @@ impl GuestSpec {
         if !root.path().is_absolute() {
             let value = root.path().display().to_string();
             return Err(SpecError::Invalid { field: "root.path", value, reason: "it must be absolute in the guest" });
+        }
+        if let Some(hooks) = spec.hooks() {
+            refuse_hooks(hooks)?;
         }
         let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
         let net_sysctls = adapt_linux(&mut linux)?;
@@ -116,6 +119,23 @@ fn complete(capabilities: Option<LinuxCapabilities>) -> LinuxCapabilities {
         .set_inheritable(given(named, |set| set.inheritable().clone()))
         .set_ambient(given(named, |set| set.ambient().clone()));
     complete
+}
+
+/// Only one kind of hook runs inside the container; the others are programs of the host.
+fn refuse_hooks(hooks: &Hooks) -> Result<(), SpecError> {
+    let prestart = hooks.prestart();
+    for (given, field) in [
+        (prestart, "hooks.prestart"),
+        (hooks.create_runtime(), "hooks.createRuntime"),
+        (hooks.create_container(), "hooks.createContainer"),
+        (hooks.poststart(), "hooks.poststart"),
+        (hooks.poststop(), "hooks.poststop"),
+    ] {
+        if given.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+            return Err(SpecError::Unsupported(field));
+        }
+    }
+    Ok(())
 }
 
 fn adapt_linux(linux: &mut Linux) -> Result<HashMap<String, String>, SpecError> {
@@ -283,6 +303,7 @@ mod tests {
         assert!(refused("/linux/namespaces", json!([{"type": "mount"}, {"type": "user"}])).contains("user"));
         assert!(refused("/linux/namespaces", json!([{"type": "pid"}])).contains("mount"));
         assert!(refused("/linux/namespaces", json!([{"type": "mount", "path": "/x"}])).contains("path"));
+        assert!(refused("/hooks", json!({"poststop": [{"path": "/bin/x"}]})).contains("hooks.poststop"));
         assert!(refused("/root/path", json!("rootfs")).contains("root.path"));
         assert!(refused("/process/cwd", json!("x")).contains("process.cwd"));
         assert!(refused("/process/args", json!([])).contains("process.args"));
