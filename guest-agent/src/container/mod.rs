@@ -3,6 +3,7 @@
 mod cgroup;
 mod create;
 pub(crate) mod cwd;
+mod devices;
 mod exec;
 mod program;
 pub(crate) mod spec;
@@ -111,15 +112,7 @@ impl Containers {
         set_net_sysctls(&net_sysctls)?;
         let files = Files::create(number).map_err(RequestError::system("make the container's folder"))?;
         let first = self.first_process(&files, &spec, &request.stdio, streams).await;
-        let made = first.and_then(|init| {
-            let linux = spec.linux().as_ref();
-            let namespaces = linux.and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
-            let seccomp = linux.and_then(|linux| linux.seccomp().clone());
-            let door = Door::new(init.pid, &namespaces, cgroup.clone(), seccomp)
-                .map_err(RequestError::system("open the container's first process"))?;
-            let (phase, execs) = (Mutex::new(Phase::Created), Mutex::default());
-            Ok(Container { cgroup: cgroup.clone(), files, door, init, phase, execs })
-        });
+        let made = first.and_then(|init| Container::around(init, &spec, &cgroup, files));
         if made.is_err() {
             let _ = cgroup.remove().await;
         }
@@ -296,6 +289,20 @@ impl Containers {
 }
 
 impl Container {
+    /// The container of a first process that waits to become its program.
+    fn around(init: Process, spec: &Spec, cgroup: &Cgroup, files: Files) -> Result<Self, RequestError> {
+        let linux = spec.linux().as_ref();
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+        devices::restrict(cgroup.path(), rules).map_err(RequestError::system("restrict the container's devices"))?;
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+        let seccomp = linux.and_then(|linux| linux.seccomp().clone());
+        let door = Door::new(init.pid, namespaces, cgroup.clone(), seccomp)
+            .map_err(RequestError::system("open the container's first process"))?;
+        let (phase, execs) = (Mutex::new(Phase::Created), Mutex::default());
+        Ok(Self { cgroup: cgroup.clone(), files, door, init, phase, execs })
+    }
+
     fn alive(&self) -> Result<(), RequestError> {
         if self.init.exit.happened() { Err(RequestError::NotRunning) } else { Ok(()) }
     }

@@ -77,6 +77,9 @@ pub(crate) fn parse_process(json: &[u8]) -> Result<Process, SpecError> {
 pub(crate) fn parse_resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
     let mut resources: LinuxResources =
         serde_json::from_slice(json).map_err(|source| SpecError::Parse { what: "linux.resources", source })?;
+    if resources.devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(SpecError::Unsupported("a change of linux.resources.devices"));
+    }
     adapt_resources(&mut resources)?;
     Ok(resources)
 }
