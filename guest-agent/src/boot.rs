@@ -64,6 +64,10 @@ pub(crate) fn prepare() -> Result<(), BootError> {
     Ok(())
 }
 
+/// A VM is sized by its container's limit, and programs reserve more than they use: what is too much is decided by that
+/// limit when memory is touched, as on a host, not by the machine's size when it is asked for.
+const OVERCOMMIT: (&str, &str) = ("/proc/sys/vm/overcommit_memory", "1");
+
 /// Gives the containers' cgroups every controller that the kernel has, and the containers the limits that engines
 /// run theirs with.
 pub(crate) fn grant() -> Result<(), BootError> {
@@ -75,6 +79,7 @@ pub(crate) fn grant() -> Result<(), BootError> {
     for cgroup in [root, &containers] {
         fs::write(cgroup.join("cgroup.subtree_control"), &enabling).map_err(failed("enable cgroup controllers"))?;
     }
+    fs::write(OVERCOMMIT.0, OVERCOMMIT.1).map_err(failed("allow overcommitment"))?;
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).map_err(|errno| failed("raise the limit of open files")(errno.into()))?;
     setrlimit(Resource::Nproc, Rlimit { current: None, maximum: None })
