@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::{Bundle, BundleError};
+use crate::network::namespace;
 
 /// Where a container's network namespace comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,12 +38,10 @@ pub(super) fn network(spec: &Spec) -> NetworkNamespace {
 /// Refuses what cannot be shared with a guest.
 pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
     match network(&bundle.spec) {
-        NetworkNamespace::Host => {
-            return Err(bundle.field(
-                "linux.namespaces",
-                "has no network namespace: a container in a VM cannot use the host's network (`--network host`), \
-                 choose a bridge network or `none`",
-            ));
+        NetworkNamespace::Host => return Err(host_network(bundle, "has no network namespace")),
+        // Whether the file exists is asked where it is used.
+        NetworkNamespace::Existing(path) if namespace::is_current(&path).unwrap_or(false) => {
+            return Err(host_network(bundle, "asks for the host's network namespace"));
         }
         NetworkNamespace::Existing(path) if is_of_a_process(&path) => {
             return Err(bundle.field(
@@ -70,6 +69,12 @@ pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
             ),
         )),
     }
+}
+
+fn host_network(bundle: &Bundle, finding: &str) -> BundleError {
+    let reason =
+        "a container in a VM cannot use the host's network (`--network host`), choose a bridge network or `none`";
+    bundle.field("linux.namespaces", format!("{finding}: {reason}"))
 }
 
 /// `/proc/PID/ns/net`: how Docker names the namespace of a container, while named ones are files elsewhere.
@@ -100,6 +105,7 @@ mod tests {
     fn what_cannot_be_shared_is_refused() {
         for (namespaces, reason) in [
             (r#"{"type":"mount"}"#, "--network host"),
+            (r#"{"type":"network","path":"/proc/self/ns/net"}"#, "--network host"),
             (r#"{"type":"network","path":"/proc/42/ns/net"}"#, "--network container:"),
             (r#"{"type":"network"},{"type":"pid","path":"/proc/42/ns/pid"}"#, "pid namespace"),
         ] {

@@ -198,7 +198,8 @@ impl Arguments {
 
 /// The guest kernel's command line; docs/kernel.md has what each word saves.
 fn command_line(machine: &Machine) -> String {
-    let mut words = vec!["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on"];
+    let mut words =
+        vec!["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on", "dummy.numdummies=0"];
     if machine.console.is_some() {
         words.extend(["console=ttyS0", "runvm.log=debug"]);
     } else {
