@@ -81,3 +81,62 @@ async fn ask_by_tcp(resolver: SocketAddrV4, query: &[u8]) -> io::Result<Vec<u8>>
     connection.read_exact(&mut answer).await?;
     Ok(answer)
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn questions_are_asked_as_they_came_and_answered_by_number() {
+        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let resolver = SocketAddrV4::new(Ipv4Addr::LOCALHOST, udp.local_addr().unwrap().port());
+        let tcp = TcpListener::bind(resolver).await.unwrap();
+        let (ours, mut guest) = duplex(4096);
+        let relay = tokio::spawn(relay_to(resolver, ours));
+
+        for (number, transport) in [(1, Transport::Udp), (2, Transport::Tcp)] {
+            Message { number, transport, payload: b"who?".to_vec() }.write(&mut guest).await.unwrap();
+        }
+        let (mut connection, _) = tcp.accept().await.unwrap();
+        let mut question = [0; 6];
+        connection.read_exact(&mut question).await.unwrap();
+        assert_eq!(&question, b"\x00\x04who?");
+        connection.write_all(b"\x00\x06by TCP").await.unwrap();
+        // The later question is answered first.
+        let answer = Message { number: 2, transport: Transport::Tcp, payload: b"by TCP".to_vec() };
+        assert_eq!(Message::read(&mut guest).await.unwrap(), Some(answer));
+
+        let (length, asking) = udp.recv_from(&mut question).await.unwrap();
+        assert_eq!(&question[..length], b"who?");
+        udp.send_to(b"by UDP", asking).await.unwrap();
+        let answer = Message { number: 1, transport: Transport::Udp, payload: b"by UDP".to_vec() };
+        assert_eq!(Message::read(&mut guest).await.unwrap(), Some(answer));
+
+        drop(guest);
+        relay.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn without_a_resolver_the_answer_is_empty() {
+        // Bound and let go: nobody listens there.
+        let free = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let (ours, mut guest) = duplex(4096);
+        tokio::spawn(relay_to(SocketAddrV4::new(Ipv4Addr::LOCALHOST, free), ours));
+        for transport in [Transport::Udp, Transport::Tcp] {
+            Message { number: 7, transport, payload: b"who?".to_vec() }.write(&mut guest).await.unwrap();
+            let answer = Message::read(&mut guest).await.unwrap().unwrap();
+            assert_eq!((answer.number, answer.payload.len()), (7, 0));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_question_ends_the_relay() {
+        let (ours, mut guest) = duplex(4096);
+        guest.write_all(&[0, 0, 0, 1, 9, 0, 0]).await.unwrap();
+        let error = relay(ours).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -15,8 +15,7 @@ use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 use super::SetupError;
 use super::tree::step;
 
-/// To make files for the guest's users with the guest's modes. Not `DAC_READ_SEARCH`: with it a process that was
-/// taken over could open any file of an exported file system by its handle, past the walls of the mount namespace.
+/// To make files for the guest's users with the guest's modes.
 const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
