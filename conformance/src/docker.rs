@@ -40,16 +40,24 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the daemon in the suite's private world.
+    /// Starts the daemon in the suite's private world, with the runtimes under test.
     pub fn start(enclosure: &Enclosure) -> Result<Self> {
+        let judge = Judge::write(enclosure.work())?;
+        let runvm = Runtime::Kvm.program();
+        let under_test = |runtime: Runtime| (runtime.name(), runvm.as_path(), runtime.options());
+        let runtimes = [(Judge::NAME, judge.program(), &[][..]), under_test(Runtime::Kvm), under_test(Runtime::Tcg)];
+        Self::start_with(enclosure, &runtimes)
+    }
+
+    /// Starts the daemon with these runtimes besides runc: name, program, options.
+    pub fn start_with(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> Result<Self> {
         let bridge = Bridge::make()?;
         let nameserver = Nameserver::start(IpAddr::V4(HOST4))?;
         let folder = enclosure.work().join("docker");
         std::fs::create_dir_all(folder.join("client"))?;
-        let judge = Judge::write(&folder)?;
         let socket = enclosure.sockets().join("docker.sock");
         let config = folder.join("daemon.json");
-        std::fs::write(&config, configuration(enclosure, &judge).to_string())?;
+        std::fs::write(&config, configuration(enclosure, runtimes).to_string())?;
 
         let host = format!("unix://{}", socket.display());
         let daemon = Cmd::new("/usr/sbin/dockerd")
@@ -69,12 +77,13 @@ impl Engine {
         Ok(Self { daemon, socket, folder, cgroup, loaded, _nameserver: nameserver, _bridge: bridge })
     }
 
-    fn client(&self) -> Cmd {
+    /// The daemon's client.
+    pub fn client(&self) -> Cmd {
         client_of(&self.socket, &self.folder.join("client"))
     }
 
     /// Imports an image on its first use.
-    fn load(&self, image: &str) -> Result<()> {
+    pub fn load(&self, image: &str) -> Result<()> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.contains(image) {
             return Ok(());
@@ -98,13 +107,11 @@ fn client_of(socket: &Path, config: &Path) -> Cmd {
     Cmd::new(CLIENT).env("DOCKER_HOST", format!("unix://{}", socket.display())).env("DOCKER_CONFIG", config)
 }
 
-fn configuration(enclosure: &Enclosure, judge: &Judge) -> serde_json::Value {
-    let entry = |runtime: Runtime| {
-        let entry = json!({ "path": runtime.program(), "runtimeArgs": runtime.options() });
-        (runtime.name().to_owned(), entry)
+fn configuration(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> serde_json::Value {
+    let entry = |(name, program, options): &(&str, &Path, &[&str])| {
+        ((*name).to_owned(), json!({ "path": program, "runtimeArgs": options }))
     };
-    let mut runtimes: serde_json::Map<_, _> = [Runtime::Kvm, Runtime::Tcg].map(entry).into_iter().collect();
-    runtimes.insert(Judge::NAME.to_owned(), json!({ "path": judge.program() }));
+    let runtimes: serde_json::Map<_, _> = runtimes.iter().map(entry).collect();
     json!({
         "runtimes": runtimes,
         "cgroup-parent": enclosure.cgroup(),

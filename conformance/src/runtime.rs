@@ -71,16 +71,17 @@ pub struct Available {
 }
 
 impl Available {
-    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set.
+    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set, no TCG when `RUNVM_WITHOUT_TCG` is.
     pub fn find() -> Result<Self> {
-        if std::env::var_os("RUNVM_ONLY_RUNC").is_some_and(|value| value != "0") {
+        let asked = |name| std::env::var_os(name).is_some_and(|value| value != "0");
+        if asked("RUNVM_ONLY_RUNC") {
             return Ok(Self::default());
         }
         let program = Runtime::Kvm.program();
         if !program.exists() {
             bail!("there is no {}: run `make build`, or set RUNVM_DIST or RUNVM_ONLY_RUNC=1", program.display());
         }
-        Ok(Self { kvm: accelerator(&program)?.starts_with("kvm"), tcg: true })
+        Ok(Self { kvm: accelerator(&program)?.starts_with("kvm"), tcg: !asked("RUNVM_WITHOUT_TCG") })
     }
 
     /// Whether `runtime` can run here.

@@ -1,0 +1,41 @@
+//! Measures runvm beside runc, crun and runsc on the same bundles: `make bench`.
+//!
+//! The runtimes take turns within every measure, so that a noisy moment of the machine
+//! meets them all. A table goes to standard output, the numbers to `target/bench.json`.
+
+mod contender;
+mod measure;
+mod report;
+mod stages;
+mod stream;
+mod world;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use conformance::enclosure::{Enclosure, run_inside};
+
+use crate::contender::Contender;
+use crate::report::Report;
+use crate::world::World;
+
+fn main() -> ExitCode {
+    let scripts: &[&[&str]] = &[&["setup.sh", "bench"], &["images.sh", "busybox"], &["images.sh", "debian"]];
+    run_inside(scripts, bench)
+}
+
+fn bench(enclosure: &Enclosure) -> Result<ExitCode> {
+    let contenders = Contender::all()?;
+    let world = World::make(enclosure, &contenders)?;
+    let mut report = Report::new(&contenders);
+    for measure in measure::ALL {
+        report.add(measure.take(&world, &contenders));
+    }
+    report.print()?;
+    if let Some(runvm) = contenders.iter().find(|contender| contender.name == "runvm") {
+        stages::print(&world, runvm)?;
+    }
+    let path = report.write()?;
+    println!("\nwritten to {}", path.display());
+    Ok(ExitCode::SUCCESS)
+}
