@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# deb.sh DIST OUTDIR: make OUTDIR/runvm_VERSION_amd64.deb of what `make build`
+# laid out in DIST.
+set -euo pipefail
+
+readonly dist=$1 out=$2
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+readonly here
+readonly program=$dist/bin/runvm
+
+main() {
+    local version package
+    version=$("$program" --version | cut -d ' ' -f 2)
+    package=$out/runvm_${version}_amd64.deb
+    root=$(mktemp -d "$out/deb.XXXXXX")
+    trap 'rm -rf "$root"' EXIT
+    chmod 755 "$root"
+
+    "$here/install.sh" "$dist" "$root/usr"
+    install -D -m 644 "$here/copyright" "$root/usr/share/doc/runvm/copyright"
+    mkdir "$root/DEBIAN"
+    control "$version" >"$root/DEBIAN/control"
+    (cd "$root" && find usr -type f -exec md5sum {} +) >"$root/DEBIAN/md5sums"
+    dpkg-deb --root-owner-group --build "$root" "$package"
+}
+
+control() {
+    cat <<END
+Package: runvm
+Version: $1
+Architecture: amd64
+Maintainer: runvm's authors <runvm@localhost>
+Section: admin
+Priority: optional
+Depends: $(dependencies)
+Recommends: qemu-system-x86
+Installed-Size: $(du -sk "$root/usr" | cut -f 1)
+Description: OCI container runtime that gives every container a virtual machine
+ runvm takes the place of runc: it runs a standard OCI bundle, unchanged, in a
+ small virtual machine of its own, under Docker, under containerd and by hand.
+ It uses KVM where that works, and QEMU's translator elsewhere.
+END
+}
+
+# The packages of the libraries that the program is linked with, and the C
+# library at least as new as the newest of its symbols that is used.
+dependencies() {
+    local libc
+    libc=$(objdump --dynamic-syms "$program" | grep -o 'GLIBC_[0-9.]*' | sort --version-sort | tail -n 1)
+    objdump --private-headers "$program" | awk '$1 == "NEEDED" { print $2 }' |
+        while read -r library; do
+            dpkg-query --search "*/$library" | cut -d : -f 1
+        done |
+        sort --unique | sed "s/^libc6\$/libc6 (>= ${libc#GLIBC_})/" | paste --serial --delimiters=, | sed 's/,/, /g'
+}
+
+main
