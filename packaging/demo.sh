@@ -47,18 +47,22 @@ main() {
 }
 
 enter_private_world() {
-    unshare --fork --pid --kill-child --mount-proc --net --mount --propagation private \
+    setpriv --pdeathsig KILL unshare --fork --pid --kill-child --mount-proc --net --mount --propagation private \
         "$here/demo.sh" --inside "$@" </dev/null {lock}>&- &
     world=$!
     wait "$world"
 }
 
-# Whoever is in the private world dies with its first process.
+# Whoever is in the private world dies with it, and some take a moment for that: a
+# cgroup can be removed when its last process is gone.
 tidy_up() {
-    trap '' INT TERM
+    trap '' INT TERM HUP
     [[ -z $world ]] || kill -KILL "$world" 2>/dev/null || true
     wait
-    find /sys/fs/cgroup -depth -type d -path "*/$cgroup*" -exec rmdir {} + 2>/dev/null || true
+    for _ in {1..100}; do
+        find /sys/fs/cgroup -depth -type d -path "*/$cgroup*" -exec rmdir {} + 2>/dev/null && break
+        sleep 0.1
+    done
 }
 
 show() {
