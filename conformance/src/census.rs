@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::Cmd;
-use crate::enclosure::cgroup_hierarchies;
+use crate::enclosure::{Enclosure, PREFIX, cgroup_hierarchies};
 
 /// How long what is ending may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -149,9 +149,10 @@ fn links() -> Result<Vec<String>> {
     Ok(output.stdout.lines().filter_map(name).map(|name| format!("link {name}")).collect())
 }
 
-/// Cgroups below those that the suite gives its engines as parents, and any that carries
-/// our name.
+/// Cgroups below the one that all containers of this run get as their parent, and those
+/// elsewhere that carry the ID of one. Others on the machine are none of our business.
 fn cgroups() -> Result<Vec<String>> {
+    let parent = Enclosure::around().map(|enclosure| enclosure.cgroup()[1..].to_owned()).unwrap_or_default();
     let mut found = Vec::new();
     for hierarchy in cgroup_hierarchies()? {
         let mut todo = vec![hierarchy.clone()];
@@ -160,7 +161,8 @@ fn cgroups() -> Result<Vec<String>> {
             let Ok(inside) = group.strip_prefix(&hierarchy) else { continue };
             let depth = inside.components().count();
             let inside = inside.to_string_lossy();
-            if inside.contains("runvm") || (inside.starts_with("rvm-") && depth > 1) {
+            let ours = inside.starts_with(&parent) && depth > 1;
+            if ours || (inside.contains("rvm-hand-") && !inside.contains(PREFIX)) {
                 found.push(format!("cgroup {}", group.display()));
             }
         }

@@ -65,8 +65,9 @@ impl Differences {
         for entry in &listed {
             if !differences.iter().any(|(what, ..)| *what == entry.what) {
                 complaints.push(format!(
-                    "{}: differences.toml lists a difference that is none: take the entry out",
-                    entry.what
+                    "{}: differences.toml lists a difference that is none, both are {:?}: take the entry out",
+                    entry.what,
+                    runc.get(&entry.what)
                 ));
             }
         }

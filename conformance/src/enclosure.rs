@@ -29,6 +29,11 @@ pub struct Enclosure {
 }
 
 impl Enclosure {
+    /// The private world around this process.
+    pub fn around() -> Option<Self> {
+        std::env::var_os(WORK).map(|work| Self { work: work.into() })
+    }
+
     /// A folder on disk, removed at the end.
     pub fn work(&self) -> &Path {
         &self.work
@@ -50,8 +55,8 @@ impl Enclosure {
 ///
 /// `scripts` are run outside before, in order: they install what the suite needs.
 pub fn run_inside(scripts: &[&[&str]], suite: impl FnOnce(&Enclosure) -> Result<ExitCode>) -> ExitCode {
-    let result = match std::env::var_os(WORK) {
-        Some(work) => enter(work.into()).and_then(|enclosure| suite(&enclosure)),
+    let result = match Enclosure::around() {
+        Some(enclosure) => enter(&enclosure).and_then(|()| suite(&enclosure)),
         // Asking for the list of tests needs no root and no engines.
         None if std::env::args().any(|arg| arg == "--list") => {
             suite(&Enclosure { work: PathBuf::from("/nonexistent") })
@@ -132,16 +137,15 @@ fn engine_path() -> OsString {
 }
 
 /// The inner process: makes the private world usable.
-fn enter(work: PathBuf) -> Result<Enclosure> {
+fn enter(enclosure: &Enclosure) -> Result<()> {
     // State folders and sockets of engines and runtimes all live under /run.
     for (place, mode) in [("/run", c"mode=755"), ("/dev/shm", c"mode=1777")] {
         mount("tmpfs", place, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, Some(mode))
             .with_context(|| format!("cannot mount a private {place}"))?;
     }
     Cmd::new("ip").args(["link", "set", "lo", "up"]).ok()?;
-    let enclosure = Enclosure { work };
     fs::create_dir_all(enclosure.sockets())?;
-    Ok(enclosure)
+    Ok(())
 }
 
 fn fresh_work_folder() -> Result<PathBuf> {
@@ -155,7 +159,7 @@ fn fresh_work_folder() -> Result<PathBuf> {
 }
 
 /// What the names of work folders and of cgroups begin with.
-const PREFIX: &str = "rvm-conformance-";
+pub const PREFIX: &str = "rvm-conformance-";
 
 /// Removes what runs left that were killed together with their outer process.
 fn sweep(base: &Path) {

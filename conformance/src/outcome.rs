@@ -38,6 +38,11 @@ impl Outcome {
         self.0.is_empty()
     }
 
+    /// One observation.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
     /// The observations that differ: name, here, there.
     pub fn differences<'a>(&'a self, other: &'a Self) -> Vec<(&'a str, &'a str, &'a str)> {
         const MISSING: &str = "(not seen)";

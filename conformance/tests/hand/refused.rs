@@ -57,7 +57,7 @@ pub(crate) fn refuse_cmd(h: &Hand, cmd: Cmd, names: &[&str], bundle: Option<&Bun
         bundle.expect_no_trace()?;
     }
     if output.code != 0 {
-        let sentence = output.stderr.trim();
+        let sentence = sentence(h, &output.stderr);
         expect_equal("the log's last error", last_error(&log)?.as_str(), sentence)?;
         if !h.runtime().is_runc() {
             ensure!(!sentence.contains('\n'), "more than one sentence:\n{sentence}");
@@ -67,6 +67,13 @@ pub(crate) fn refuse_cmd(h: &Hand, cmd: Cmd, names: &[&str], bundle: Option<&Bun
         }
     }
     Ok(Outcome::new().see("exit", output.code))
+}
+
+/// What a runtime says on its standard error, without its own name before it.
+pub(crate) fn sentence<'a>(h: &Hand, stderr: &'a str) -> &'a str {
+    let name = if h.runtime().is_runc() { "runc: " } else { "runvm: " };
+    let stderr = stderr.trim();
+    stderr.strip_prefix(name).unwrap_or(stderr)
 }
 
 fn last_error(log: &Path) -> Result<String> {

@@ -6,6 +6,8 @@ use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, case};
 use serde_json::Value;
 
+use crate::refused::sentence;
+
 pub(crate) fn cases() -> Vec<Case<Hand>> {
     vec![
         case!(spec_writes_a_configuration),
@@ -22,9 +24,7 @@ fn spec_writes_a_configuration(h: &Hand) -> Result<Outcome> {
     h.call("spec").current_dir(h.folder()).ok()?;
     let config: Value = serde_json::from_str(&std::fs::read_to_string(h.folder().join("config.json"))?)?;
     let mut outcome = Outcome::new();
-    for pointer in
-        ["/process/terminal", "/process/args", "/process/cwd", "/process/noNewPrivileges", "/root", "/hostname"]
-    {
+    for pointer in ["/process/terminal", "/process/args", "/process/cwd", "/process/noNewPrivileges", "/root"] {
         let value = config.pointer(pointer).cloned().unwrap_or_default();
         ensure!(!value.is_null(), "the configuration has no {pointer}");
         outcome = outcome.see(pointer, value);
@@ -76,7 +76,7 @@ fn an_error_is_in_the_log_as_json(h: &Hand) -> Result<Outcome> {
     let text = std::fs::read_to_string(&log)?;
     let last: Value = serde_json::from_str(text.lines().last().unwrap_or_default())?;
     ensure!(last["time"].is_string(), "the line has no time: {last}");
-    expect_equal("the sentence", last["msg"].as_str(), Some(output.stderr.trim()))?;
+    expect_equal("the sentence", last["msg"].as_str(), Some(sentence(h, &output.stderr)))?;
     Ok(Outcome::new().see("exit", output.code).see("level", &last["level"]))
 }
 

@@ -15,6 +15,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(masked_and_read_only_paths),
         case!(annotations_are_kept),
         case!(a_root_of_ones_own_for_the_records),
+        case!(no_cgroup_path_at_all),
     ]
 }
 
@@ -138,4 +139,15 @@ fn a_root_of_ones_own_for_the_records(h: &Hand) -> Result<Outcome> {
     expect_equal("codes", (known.code, elsewhere.code), (0, 1))?;
     let left = std::fs::read_dir(root)?.count();
     Ok(Outcome::new().see("known", known.code).see("elsewhere", elsewhere.code).see("records left", left))
+}
+
+fn no_cgroup_path_at_all(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(&["sleep", "1000"], |config| {
+        config["linux"].as_object_mut().and_then(|linux| linux.remove("cgroupsPath"));
+    })?;
+    bundle.start()?;
+    let status = bundle.status()?;
+    bundle.call("delete --force").ok()?;
+    bundle.expect_no_trace()?;
+    Ok(Outcome::new().see("status", status))
 }
