@@ -120,13 +120,15 @@ impl Arguments {
             Accelerator::Tcg => ("tcg,thread=multi", "max"),
         };
         let megabytes = machine.memory >> 20;
+        // Without KVM's clock the guest's timers need the PIT: they never fire otherwise.
+        let pit = if machine.accelerator == Accelerator::Tcg { "on" } else { "off" };
         let serial = if machine.console.is_some() { "on" } else { "off" };
         self.add(&[
             "-accel",
             accelerator,
             "-M",
             &format!(
-                "microvm,memory-backend=memory,x-option-roms=off,isa-serial={serial},rtc=off,pit=off,pic=off,acpi=off"
+                "microvm,memory-backend=memory,x-option-roms=off,isa-serial={serial},rtc=off,pit={pit},pic={pit},acpi=off"
             ),
             "-cpu",
             processor,
