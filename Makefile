@@ -65,6 +65,7 @@ runtime: dependencies
 .PHONY: install
 install: build ## copy it to PREFIX (/usr/local), below DESTDIR
 	@packaging/install.sh '$(DIST)' '$(DESTDIR)$(PREFIX)'
+	@sed 's,@PREFIX@,$(PREFIX),' packaging/installed.txt
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` copied
