@@ -19,11 +19,11 @@ fi
 
 RUSTFLAGS="-C target-feature=+crt-static" \
 LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$libraries \
-    cargo build --release --locked --package runvm-agent --target "$triple" --target-dir "$target"
+    cargo build --profile agent --locked --package runvm-agent --target "$triple" --target-dir "$target"
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-install -D "$target/$triple/release/runvm-agent" "$root/init"
+install -D "$target/$triple/agent/runvm-agent" "$root/init"
 mkdir -p "$root"/{dev,proc,root,run,sys}
 mknod -m 600 "$root/dev/console" c 5 1
 # The same input makes the same archive, byte by byte.

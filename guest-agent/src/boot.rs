@@ -20,6 +20,10 @@ pub(crate) const CONTAINERS_CGROUP: &str = "runvm";
 /// As many open files as engines grant.
 const OPEN_FILES: u64 = 1 << 20;
 
+/// A VM is sized by its container's limit, and programs reserve more than they use: what is too much is decided by that
+/// limit when memory is touched, as on a host, not by the machine's size when it is asked for.
+const OVERCOMMIT: (&str, &str) = ("/proc/sys/vm/overcommit_memory", "1");
+
 /// A step of the boot that did not work.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {step}")]
@@ -63,10 +67,6 @@ pub(crate) fn prepare() -> Result<(), BootError> {
     mount_at(CGROUP_ROOT, "cgroup2", nosuid, "favordynmods")?;
     Ok(())
 }
-
-/// A VM is sized by its container's limit, and programs reserve more than they use: what is too much is decided by that
-/// limit when memory is touched, as on a host, not by the machine's size when it is asked for.
-const OVERCOMMIT: (&str, &str) = ("/proc/sys/vm/overcommit_memory", "1");
 
 /// Gives the containers' cgroups every controller that the kernel has, and the containers the limits that engines
 /// run theirs with.

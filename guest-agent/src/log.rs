@@ -284,7 +284,7 @@ mod tests {
             held.push(vec![u8::try_from(index % 250).unwrap(); 1000]);
         }
         assert!(held.bytes <= MAX_HELD);
-        assert_eq!(held.bytes, held.lines.iter().map(Vec::len).sum());
+        assert_eq!(held.bytes, held.lines.iter().map(Vec::len).sum::<usize>());
         assert_ne!(held.pop(), Some(vec![0; 1000]));
     }
 

@@ -101,7 +101,8 @@ impl Reaper {
         }
     }
 
-    fn ended(&self, pid: i32, status: u32) {
+    /// Notes the end of a process.
+    pub(crate) fn ended(&self, pid: i32, status: u32) {
         let mut state = lock(&self.0);
         if let Some(watcher) = state.watched.remove(&pid) {
             watcher.send_replace(Some(status));

@@ -68,10 +68,10 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
     pub async fn run(mut self) -> io::Result<()> {
         poll_fn(|cx| {
             loop {
-                if self.waiting.is_none() {
-                    if let Poll::Ready(Some(opening)) = self.openings.poll_next_unpin(cx) {
-                        self.waiting = Some(opening);
-                    }
+                if self.waiting.is_none()
+                    && let Poll::Ready(Some(opening)) = self.openings.poll_next_unpin(cx)
+                {
+                    self.waiting = Some(opening);
                 }
                 if let Some(opening) = self.waiting.take() {
                     match self.connection.poll_new_outbound(cx) {

@@ -9,9 +9,12 @@ use std::path::Path;
 use std::{fs, os::unix::fs::MetadataExt as _};
 
 use libcontainer::oci_spec::runtime::{
-    Hooks, Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec,
+    Arch, Hooks, Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
 };
+
+/// A parameter that a kernel of 64 bits has if it runs programs of 32.
+const KERNEL_RUNS_32_BIT: &str = "/proc/sys/abi/vsyscall32";
 
 /// A specification that cannot be followed.
 #[derive(Debug, thiserror::Error)]
@@ -154,11 +157,8 @@ fn adapt_linux(linux: &mut Linux) -> Result<HashMap<String, String>, SpecError> 
     }
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     linux.set_namespaces(Some(adapt_namespaces(namespaces)?));
-    if let Some(seccomp) = linux.seccomp() {
-        let notifies = |action| action == LinuxSeccompAction::ScmpActNotify;
-        if seccomp.syscalls().iter().flatten().any(|rule| notifies(rule.action())) {
-            return Err(SpecError::Unsupported("linux.seccomp: SCMP_ACT_NOTIFY"));
-        }
+    if let Some(seccomp) = linux.seccomp().clone() {
+        linux.set_seccomp(Some(adapt_seccomp(seccomp, Path::new(KERNEL_RUNS_32_BIT).exists())?));
     }
     if let Some(mut resources) = linux.resources().clone() {
         adapt_resources(&mut resources)?;
@@ -172,6 +172,22 @@ fn adapt_linux(linux: &mut Linux) -> Result<HashMap<String, String>, SpecError> 
         sysctls.into_iter().partition(|(name, _)| name.starts_with("net.") || name.starts_with("net/"));
     linux.set_sysctl(Some(others));
     Ok(net)
+}
+
+/// Leaves out the architectures that the kernel has no system calls of, since the filter's size is time at each start.
+/// The guest's kernels never have x32, and not all have x86 of 32 bits. What is left out is forbidden altogether.
+fn adapt_seccomp(mut seccomp: LinuxSeccomp, runs_32_bit: bool) -> Result<LinuxSeccomp, SpecError> {
+    let notifies = |action| action == LinuxSeccompAction::ScmpActNotify;
+    if seccomp.syscalls().iter().flatten().any(|rule| notifies(rule.action())) {
+        return Err(SpecError::Unsupported("linux.seccomp: SCMP_ACT_NOTIFY"));
+    }
+    if let Some(mut architectures) = seccomp.architectures().clone().filter(|list| list.contains(&Arch::ScmpArchX86_64))
+    {
+        let absent = |arch| arch == Arch::ScmpArchX32 || arch == Arch::ScmpArchX86 && !runs_32_bit;
+        architectures.retain(|&arch| !absent(arch));
+        seccomp.set_architectures(Some(architectures));
+    }
+    Ok(seccomp)
 }
 
 fn adapt_namespaces(mut namespaces: Vec<LinuxNamespace>) -> Result<Vec<LinuxNamespace>, SpecError> {
@@ -282,7 +298,7 @@ mod tests {
         assert_eq!(types, [LinuxNamespaceType::Mount, LinuxNamespaceType::Pid, LinuxNamespaceType::Cgroup]);
         assert_eq!(net_sysctls["net.ipv4.ip_forward"], "1");
         assert_eq!(linux.sysctl().as_ref().unwrap().keys().collect::<Vec<_>>(), ["kernel.msgmax"]);
-        let memory = linux.resources().as_ref().unwrap().memory().as_ref().unwrap().clone();
+        let memory = linux.resources().as_ref().unwrap().memory().unwrap();
         assert_eq!(
             (memory.limit(), memory.swap(), memory.kernel(), memory.swappiness()),
             (Some(1000), None, None, None)
@@ -312,6 +328,21 @@ mod tests {
         assert!(refused("/process/args", json!([])).contains("process.args"));
         assert!(refused("/process/env", json!(["A"])).contains("process.env"));
         assert!(refused("/process/args", json!(7)).contains("config.json"));
+    }
+
+    #[test]
+    fn a_filter_covers_what_the_kernel_runs() {
+        let filter = |action: &str| -> LinuxSeccomp {
+            let architectures = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"];
+            let rule = json!({"names": ["read"], "action": action});
+            let filter = json!({"defaultAction": "SCMP_ACT_ERRNO", "architectures": architectures, "syscalls": [rule]});
+            serde_json::from_value(filter).unwrap()
+        };
+        let covered =
+            |runs_32_bit| adapt_seccomp(filter("SCMP_ACT_ALLOW"), runs_32_bit).unwrap().architectures().clone();
+        assert_eq!(covered(true), Some(vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86]));
+        assert_eq!(covered(false), Some(vec![Arch::ScmpArchX86_64]));
+        assert!(adapt_seccomp(filter("SCMP_ACT_NOTIFY"), true).is_err());
     }
 
     #[test]

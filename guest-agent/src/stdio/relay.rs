@@ -117,3 +117,112 @@ async fn write_all(sink: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::readiness;
+    use crate::reaper::Reaper;
+    use rustix::pipe::{PipeFlags, pipe_with};
+    use rustix::process::Pid;
+    use std::io::{Read as _, Write as _};
+    use tokio::io::DuplexStream;
+
+    impl HostStream for DuplexStream {
+        /// The other end of a duplex pipe closes both directions at once.
+        fn is_gone(&self) -> bool {
+            true
+        }
+    }
+
+    /// A pipe with the agent's end first.
+    fn pipe(agent_reads: bool) -> (Arc<AsyncFd<OwnedFd>>, std::fs::File) {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let (ours, theirs) = if agent_reads { (read, write) } else { (write, read) };
+        rustix::io::ioctl_fionbio(&ours, true).unwrap();
+        let interest = if agent_reads { Interest::READABLE } else { Interest::WRITABLE };
+        (Arc::new(readiness::watch(ours, interest).unwrap()), theirs.into())
+    }
+
+    struct Running {
+        process: std::fs::File,
+        host: DuplexStream,
+        reaper: Reaper,
+        handed: watch::Receiver<Option<u64>>,
+    }
+
+    const PID: i32 = 7;
+
+    fn start_output() -> Running {
+        let (source, process) = pipe(true);
+        let (stream, host) = tokio::io::duplex(1 << 20);
+        let reaper = Reaper::default();
+        let exit = reaper.watch(Pid::from_raw(PID).unwrap());
+        let (report, handed) = watch::channel(None);
+        tokio::spawn(output(source, stream, exit, report));
+        Running { process, host, reaper, handed }
+    }
+
+    #[tokio::test]
+    async fn output_is_handed_over_when_its_end_is_reached() {
+        let mut running = start_output();
+        running.process.write_all(b"hello").unwrap();
+        drop(running.process);
+        let mut seen = Vec::new();
+        running.host.read_to_end(&mut seen).await.unwrap();
+        assert_eq!(seen, b"hello");
+        assert_eq!(*running.handed.wait_for(Option::is_some).await.unwrap(), Some(5));
+    }
+
+    #[tokio::test]
+    async fn a_child_in_the_background_outlives_the_host() {
+        let mut running = start_output();
+        running.process.write_all(b"last words").unwrap();
+        running.reaper.ended(PID, 0);
+        assert_eq!(*running.handed.wait_for(Option::is_some).await.unwrap(), Some(10));
+        running.process.write_all(b"more").unwrap();
+        let mut seen = [0; 14];
+        running.host.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"last wordsmore", "what comes later is still carried");
+        drop(running.host);
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+            running.process.write_all(&[0; 1024]).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_learns_that_its_reader_has_gone() {
+        let mut running = start_output();
+        drop(running.host);
+        let mut reader_gone = running.handed.clone();
+        reader_gone.wait_for(Option::is_some).await.unwrap();
+        assert_eq!(running.process.write_all(b"?").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_hosts_input_is_the_processes() {
+        let (sink, mut process) = pipe(false);
+        let (stream, mut host) = tokio::io::duplex(64);
+        let carrying = tokio::spawn(input(stream, sink));
+        host.write_all(b"input").await.unwrap();
+        host.shutdown().await.unwrap();
+        carrying.await.unwrap();
+        let mut seen = String::new();
+        process.read_to_string(&mut seen).unwrap();
+        assert_eq!(seen, "input");
+    }
+
+    #[tokio::test]
+    async fn input_that_nobody_reads_waits_in_its_bounds() {
+        let (sink, process) = pipe(false);
+        let (stream, mut host) = tokio::io::duplex(64);
+        let carrying = tokio::spawn(input(stream, sink));
+        let flood = tokio::spawn(async move { host.write_all(&vec![0; 8 << 20]).await });
+        tokio::task::yield_now().await;
+        assert!(!carrying.is_finished() && !flood.is_finished());
+        drop(process);
+        carrying.await.unwrap();
+        assert!(flood.await.unwrap().is_err());
+    }
+}
