@@ -55,6 +55,11 @@ impl AgentError {
         matches!(self, Self::Refused { code: ttrpc::Code::NOT_FOUND, .. })
     }
 
+    /// Whether the guest is gone, and with it all that ran in it.
+    pub fn is_end_of_guest(&self) -> bool {
+        matches!(self, Self::Channel(_))
+    }
+
     fn from_ttrpc(error: ttrpc::Error) -> Self {
         match error {
             ttrpc::Error::RpcStatus(status) => {

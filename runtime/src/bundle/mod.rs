@@ -3,6 +3,7 @@
 //! Loading proves what can be proved before anything is made, so that a mistake is answered with the name of the
 //! field. [`split`] then takes the specification apart into what the host does and what the guest is told.
 
+pub mod mount_points;
 mod namespaces;
 mod split;
 
@@ -34,10 +35,12 @@ pub enum BundleError {
         source: io::Error,
     },
     /// config.json is not the JSON of a specification.
-    #[error("{path} is not a valid OCI configuration", path = path.display())]
+    #[error("{path} is not a valid OCI configuration, at {field}", path = path.display())]
     Parse {
         /// The file.
         path: PathBuf,
+        /// Which field, or `.` for the file as a whole.
+        field: String,
         /// Where and why.
         source: serde_json::Error,
     },
@@ -149,7 +152,12 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> io::Result<String> {
 fn read_spec(config: &Path) -> Result<Spec, BundleError> {
     let text =
         read_bounded(config, MAX_CONFIG).map_err(|source| BundleError::Read { path: config.to_owned(), source })?;
-    serde_json::from_str(&text).map_err(|source| BundleError::Parse { path: config.to_owned(), source })
+    let mut json = serde_json::Deserializer::from_str(&text);
+    serde_path_to_error::deserialize(&mut json).map_err(|error| BundleError::Parse {
+        path: config.to_owned(),
+        field: error.path().to_string(),
+        source: error.into_inner(),
+    })
 }
 
 /// Versions are compatible within 1.x; of what is added after [`OCI_VERSION`] nothing is known.
@@ -225,6 +233,7 @@ mod tests {
             (config("1.0.2", PROCESS, "missing"), "root.path"),
             (config("1.0.2", PROCESS, ""), "root.path"),
             ("{".to_owned(), "config.json is not a valid OCI configuration"),
+            (config("1.0.2", r#"{"cwd":"/","args":"true","user":{"uid":0,"gid":0}}"#, "rootfs"), "process.args"),
         ] {
             let message = refusal(&config);
             assert!(message.contains(expected), "{message}");

@@ -106,7 +106,7 @@ mod tests {
         for (namespaces, reason) in [
             (r#"{"type":"mount"}"#, "--network host"),
             (r#"{"type":"network","path":"/proc/self/ns/net"}"#, "--network host"),
-            (r#"{"type":"network","path":"/proc/42/ns/net"}"#, "--network container:"),
+            (r#"{"type":"network","path":"/proc/999999999/ns/net"}"#, "--network container:"),
             (r#"{"type":"network"},{"type":"pid","path":"/proc/42/ns/pid"}"#, "pid namespace"),
         ] {
             let message = check(&bundle(namespaces)).unwrap_err().to_string();

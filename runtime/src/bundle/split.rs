@@ -25,9 +25,12 @@ pub struct GuestSpec {
 pub fn split(bundle: &Bundle, id: &str) -> Result<GuestSpec, BundleError> {
     let mut spec = bundle.spec.clone();
     let in_share = PathBuf::from(id);
-    let read_only = bundle.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false);
-    let mut exports =
-        vec![Export { path: in_share.join("rootfs"), source: bundle.rootfs.clone(), read_only, recursive: true }];
+    let mut exports = vec![Export {
+        path: in_share.join("rootfs"),
+        source: bundle.rootfs.clone(),
+        read_only: read_only_root(bundle),
+        recursive: true,
+    }];
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_path(&exports[0].path));
     }
@@ -52,6 +55,11 @@ pub fn split(bundle: &Bundle, id: &str) -> Result<GuestSpec, BundleError> {
     Ok(GuestSpec { spec, exports })
 }
 
+/// Whether the guest may not change the root file system.
+pub(super) fn read_only_root(bundle: &Bundle) -> bool {
+    bundle.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false)
+}
+
 fn guest_path(in_share: &Path) -> PathBuf {
     Path::new(SHARE_MOUNT_POINT).join(in_share)
 }
@@ -61,7 +69,7 @@ fn has_option(mount: &Mount, options: &[&str]) -> bool {
 }
 
 /// Whether this is a bind mount, and if so, whether with what is mounted below.
-fn bind(mount: &Mount) -> Option<bool> {
+pub(super) fn bind(mount: &Mount) -> Option<bool> {
     let recursive = has_option(mount, &["rbind"]);
     let bind = recursive || has_option(mount, &["bind"]) || mount.typ().as_deref() == Some("bind");
     bind.then_some(recursive)

@@ -46,6 +46,7 @@ pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     check_terminal(&bundle, options)?;
     // The monitor does this again; here it finds a mistake before anything is made.
     bundle::split(&bundle, &options.id)?;
+    bundle::mount_points::make(&bundle)?;
     let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
     let launched = launch(globals, options, &bundle, &container).and_then(|mut launched| {
         match bring_up(options, &bundle, &mut container, &mut launched) {

@@ -8,12 +8,14 @@ use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, Us
 use runvm_protocol::agent as wire;
 use rustix::process::setsid;
 
-use crate::agent::{Agent, Descriptors, Relay};
+use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result, sentence};
 use crate::host::process::ProcessIdentity;
 use crate::host::terminal::RawTerminal;
-use crate::monitor::{self, Globals, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded};
+use crate::monitor::{
+    self, Globals, KILLED, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded,
+};
 use crate::state::{Container, Status};
 
 /// The largest process.json that is read, in bytes.
@@ -193,8 +195,17 @@ fn foreground(container: &Container, process: &OciProcess) -> Result<u8> {
         let own = io::stdin();
         let own = terminal.then(|| std::os::fd::AsFd::as_fd(&own).try_clone_to_owned()).transpose();
         let own = own.map_err(Error::system("duplicate the stdio"))?;
-        Ok(attend(process, relay, own.as_ref()).await?.status)
+        status(attend(process, relay, own.as_ref()).await)
     })
+}
+
+/// The status of a process whose container ended under it is that of a killed one.
+fn status(end: std::result::Result<Exit, AgentError>) -> Result<u8> {
+    match end {
+        Ok(exit) => Ok(exit.status),
+        Err(error) if error.is_end_of_guest() => Ok(KILLED),
+        Err(error) => Err(error.into()),
+    }
 }
 
 async fn begin(container: &Container, process: &OciProcess, descriptors: Descriptors) -> Result<(Process, Relay)> {
@@ -262,7 +273,7 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
         _ => None,
     };
     let listed = Listed::new(&container)?;
-    let status = single_threaded(async {
+    let end = single_threaded(async {
         let descriptors = match &terminal {
             Some(slave) => Descriptors::terminal(slave),
             None => Descriptors::inherited(false),
@@ -272,10 +283,10 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
         monitor::release_stdio().map_err(Error::system("release the stdio"))?;
         owner.send(&ToOwner::Created { helpers: Vec::new() }).map_err(Error::system("talk to `runvm exec`"))?;
         owner.dismiss();
-        Ok(attend(process, relay, terminal.as_ref()).await?.status)
+        status(attend(process, relay, terminal.as_ref()).await)
     });
     drop(listed);
-    status
+    end
 }
 
 /// The proxy's entry in the container's folder, by which `ps` finds it; one left by a killed proxy goes with the folder.

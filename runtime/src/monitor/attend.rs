@@ -31,6 +31,9 @@ pub struct Process {
     pub exec_id: String,
 }
 
+/// The exit status of a process whose VM went away: what a SIGKILL gives.
+pub const KILLED: u8 = 137;
+
 /// Stands for the process until it has ended and its output has been written. `terminal` is the one whose size it follows.
 ///
 /// # Errors

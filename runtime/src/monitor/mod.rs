@@ -23,13 +23,10 @@ use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
 use crate::vmm::probe::Wanted;
 
-pub use attend::{Process, attend};
+pub use attend::{KILLED, Process, attend};
 pub use handshake::{Owner, ToOwner};
 pub use launch::{Globals, Launched};
 use runvm_protocol::agent as wire;
-
-/// The exit status of a container whose VM went away: what a SIGKILL gives.
-const KILLED: u8 = 137;
 
 /// What a monitor is told by its command line.
 #[derive(Clone, Debug)]
