@@ -88,7 +88,6 @@ pub(crate) fn grant() -> Result<(), BootError> {
 
 /// Ends the guest. A VMM run for one boot sees a reboot as its end.
 pub(crate) fn end_guest() -> ! {
-    rustix::fs::sync();
     loop {
         if rustix::system::reboot(RebootCommand::Restart).is_err() {
             // Not PID 1 of a machine of its own, as in tests.

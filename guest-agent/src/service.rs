@@ -1,6 +1,8 @@
 //! The service on the control port: what each request of the host does.
 
 use std::collections::HashMap;
+use std::future::Future;
+use std::io;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -27,7 +29,7 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureSandboxRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(sandbox::configure(&request).await.map(|()| agent::Empty::new())?)
+        to_its_end(async move { sandbox::configure(&request).await.map(empty) }).await
     }
 
     async fn configure_network(
@@ -35,9 +37,12 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureNetworkRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        network::configure(&request).await.map_err(RequestError::from)?;
-        log::stage("network done");
-        Ok(agent::Empty::new())
+        to_its_end(async move {
+            network::configure(&request).await?;
+            log::stage("network done");
+            Ok(agent::Empty::new())
+        })
+        .await
     }
 
     async fn create_container(
@@ -45,15 +50,18 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::CreateContainerRequest,
     ) -> ttrpc::Result<agent::ProcessResponse> {
-        Ok(self.containers.create(&request).await.map(process)?)
+        let containers = self.containers.clone();
+        to_its_end(async move { containers.create(&request).await.map(process) }).await
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: agent::ContainerRequest) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.start(&request.container_id).await.map(|()| agent::Empty::new())?)
+        let containers = self.containers.clone();
+        to_its_end(async move { containers.start(&request.container_id).await.map(empty) }).await
     }
 
     async fn pause_container(&self, _: &TtrpcContext, request: agent::ContainerRequest) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.pause(&request.container_id).await.map(|()| agent::Empty::new())?)
+        let containers = self.containers.clone();
+        to_its_end(async move { containers.pause(&request.container_id).await.map(empty) }).await
     }
 
     async fn resume_container(
@@ -61,7 +69,8 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ContainerRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.resume(&request.container_id).await.map(|()| agent::Empty::new())?)
+        let containers = self.containers.clone();
+        to_its_end(async move { containers.resume(&request.container_id).await.map(empty) }).await
     }
 
     async fn delete_container(
@@ -69,7 +78,8 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ContainerRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.delete(&request.container_id).await.map(|()| agent::Empty::new())?)
+        let containers = self.containers.clone();
+        to_its_end(async move { containers.delete(&request.container_id).await.map(empty) }).await
     }
 
     async fn update_container(
@@ -77,7 +87,7 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::UpdateContainerRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.update(&request.container_id, &request.resources).map(|()| agent::Empty::new())?)
+        Ok(self.containers.update(&request.container_id, &request.resources).map(empty)?)
     }
 
     async fn list_processes(
@@ -94,7 +104,8 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ExecProcessRequest,
     ) -> ttrpc::Result<agent::ProcessResponse> {
-        Ok(self.containers.exec(&request).await.map(process)?)
+        let containers = self.containers.clone();
+        to_its_end(async move { containers.exec(&request).await.map(process) }).await
     }
 
     async fn signal_process(
@@ -102,7 +113,7 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::SignalProcessRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.signal(&request).map(|()| agent::Empty::new())?)
+        Ok(self.containers.signal(&request).map(empty)?)
     }
 
     async fn wait_process(
@@ -118,8 +129,22 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ResizeTerminalRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        Ok(self.containers.resize(&request).map(|()| agent::Empty::new())?)
+        Ok(self.containers.resize(&request).map(empty)?)
     }
+}
+
+/// Does what a request asks for also where the host does not wait for it: the server drops the work of a connection that
+/// ends, and half a container is worse than one too many.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, RequestError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let done =
+        tokio::spawn(work).await.map_err(|error| RequestError::system("finish the request")(io::Error::from(error)))?;
+    Ok(done?)
+}
+
+fn empty((): ()) -> agent::Empty {
+    agent::Empty::new()
 }
 
 fn process(pid: u32) -> agent::ProcessResponse {

@@ -26,6 +26,10 @@ use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Attached, HeldStreams, Pipes, Streams, Terminal, hang_up, window};
 use crate::sync::lock;
 
+/// With so many processes known, those that have ended are forgotten: a container may be checked by one every few
+/// seconds for as long as it runs.
+const MAX_EXECS: usize = 256;
+
 /// All containers.
 pub(crate) struct Containers {
     reaper: Reaper,
@@ -219,6 +223,9 @@ impl Containers {
             let mut execs = lock(&container.execs);
             if execs.contains_key(exec_id) {
                 return Err(RequestError::ExecExists);
+            }
+            if execs.len() >= MAX_EXECS {
+                execs.retain(|_, process| process.as_ref().is_none_or(|process| !process.exit.happened()));
             }
             execs.insert(exec_id.to_owned(), None);
         }

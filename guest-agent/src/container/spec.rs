@@ -10,7 +10,7 @@ use std::{fs, os::unix::fs::MetadataExt as _};
 
 use libcontainer::oci_spec::runtime::{
     Arch, Hooks, Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespace,
-    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process, Spec,
+    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
 };
 
 /// A parameter that a kernel of 64 bits has if it runs programs of 32.
@@ -51,6 +51,10 @@ impl GuestSpec {
         }
         if let Some(hooks) = spec.hooks() {
             refuse_hooks(hooks)?;
+        }
+        let id_mapped = |mount: &Mount| mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
+        if spec.mounts().iter().flatten().any(id_mapped) {
+            return Err(SpecError::Unsupported("mounts: uidMappings or gidMappings"));
         }
         let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
         let net_sysctls = adapt_linux(&mut linux)?;
@@ -323,6 +327,8 @@ mod tests {
         assert!(refused("/linux/namespaces", json!([{"type": "pid"}])).contains("mount"));
         assert!(refused("/linux/namespaces", json!([{"type": "mount", "path": "/x"}])).contains("path"));
         assert!(refused("/hooks", json!({"poststop": [{"path": "/bin/x"}]})).contains("hooks.poststop"));
+        let mapped = json!([{"destination": "/a", "source": "/b", "uidMappings": []}]);
+        assert!(refused("/mounts", mapped).contains("uidMappings"));
         assert!(refused("/root/path", json!("rootfs")).contains("root.path"));
         assert!(refused("/process/cwd", json!("x")).contains("process.cwd"));
         assert!(refused("/process/args", json!([])).contains("process.args"));
