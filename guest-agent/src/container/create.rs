@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
@@ -18,6 +19,7 @@ use rustix::process::Pid;
 use tokio::io::Interest;
 use tokio::net::unix::pipe;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
 
 use super::cwd;
 use super::program::{Program, describe};
@@ -27,6 +29,9 @@ use crate::log::{self, ChildLog};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::ChildEnds;
 
+/// How long a start waits for its program to be loaded.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+
 /// The agent's folder for its containers. It is not in their view: they leave this root.
 const STATE: &str = "/run/runvm/containers";
 
@@ -34,11 +39,14 @@ const STATE: &str = "/run/runvm/containers";
 pub(super) struct Files {
     name: String,
     folder: PathBuf,
+    /// Whether the container's program has taken its process over, or the process has ended before.
+    running: watch::Sender<bool>,
 }
 
 impl Files {
     pub(super) fn create(number: u64) -> io::Result<Self> {
-        let files = Self { name: number.to_string(), folder: Path::new(STATE).join(format!("bundle-{number}")) };
+        let folder = Path::new(STATE).join(format!("bundle-{number}"));
+        let files = Self { name: number.to_string(), folder, running: watch::Sender::new(false) };
         fs::create_dir_all(&files.folder)?;
         Ok(files)
     }
@@ -102,7 +110,13 @@ pub(super) async fn create(
     };
     drop(stdio);
     let helper = reaper.watch(helper.map_err(RequestError::system("start a process"))?);
-    let log = tokio::spawn(log::adopt(log));
+    let running = files.running.clone();
+    let log = tokio::spawn(async move {
+        // The last to hold the pipe is the process that becomes the program.
+        let log = log::adopt(log).await;
+        running.send_replace(true);
+        log
+    });
     if helper.status().await != 0 {
         let log = log.await.unwrap_or_default();
         return Err(RequestError::Program(failure(files, spec, log)));
@@ -116,11 +130,15 @@ pub(super) async fn create(
     Ok(Created { init, exit, master })
 }
 
-/// Lets the program run.
+/// Lets the program run, and waits until it does: what is sent to it from now on is the program's, which sees to its
+/// signals sooner than a further step of ours would.
 pub(super) async fn start(files: &Files) -> io::Result<()> {
+    let mut running = files.running.subscribe();
     let notified = UnixStream::connect(files.state().join("notify.sock")).await?;
     notified.writable().await?;
     notified.try_write(b"start")?;
+    // A program on a file system that hangs is started all the same.
+    let _ = tokio::time::timeout(START_PATIENCE, running.wait_for(|running| *running)).await;
     Ok(())
 }
 
