@@ -107,7 +107,7 @@ fn start() -> Result<ExitCode> {
     let watcher = std::thread::spawn(move || {
         for _ in signals.forever() {
             // The child is not reaped before this thread is joined, so the PID is its own.
-            let _ = kill_process(pid, Signal::KILL);
+            let _ = kill_process(init_of(pid).unwrap_or(pid), Signal::KILL);
         }
     });
     let status = wait_unreaped(pid);
@@ -116,6 +116,13 @@ fn start() -> Result<ExitCode> {
     let status = status.and_then(|()| Ok(child.wait()?));
     clean_up(&work)?;
     Ok(ExitCode::from(u8::try_from(code(status?)).unwrap_or(1)))
+}
+
+/// The namespace's init, whose end is told only when all others in the namespace are gone.
+fn init_of(unshare: Pid) -> Option<Pid> {
+    let unshare = unshare.as_raw_nonzero();
+    let children = fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).ok()?;
+    Pid::from_raw(children.split_whitespace().next()?.parse().ok()?)
 }
 
 /// Waits for a child's end and leaves its PID taken.

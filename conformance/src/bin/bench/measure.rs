@@ -16,40 +16,49 @@ pub(crate) struct Measure {
     what: &'static str,
     unit: &'static str,
     rounds: usize,
-    sample: fn(&World, &Contender) -> Result<f64>,
+    open: for<'a> fn(&'a World, &'a Contender) -> Result<Sampler<'a>>,
 }
+
+/// Takes one sample. What all samples of a runtime share, it holds.
+type Sampler<'a> = Box<dyn FnMut() -> Result<f64> + 'a>;
 
 /// All of them, in the table's order.
 pub(crate) const ALL: [Measure; 8] = [
-    Measure { name: "run_true", what: "run true", unit: "ms", rounds: 20, sample: run_true },
-    Measure { name: "exec_true", what: "exec true", unit: "ms", rounds: 20, sample: exec_true },
-    Measure { name: "docker_run_true", what: "docker run --rm true", unit: "ms", rounds: 10, sample: docker_run_true },
-    Measure { name: "node_hello", what: "run node hello", unit: "ms", rounds: 10, sample: node_hello },
-    Measure { name: "idle_pss", what: "PSS of an idle one", unit: "MB", rounds: 3, sample: idle_pss },
-    Measure { name: "rootfs_read", what: "read the rootfs once", unit: "s", rounds: 3, sample: rootfs_read },
-    Measure { name: "stdout_1g", what: "1 GB through stdout", unit: "MB/s", rounds: 3, sample: stdout_1g },
-    Measure { name: "tcp_to_bridge", what: "TCP to the bridge", unit: "MB/s", rounds: 3, sample: tcp_to_bridge },
+    Measure { name: "run_true", what: "run true", unit: "ms", rounds: 20, open: run_true },
+    Measure { name: "exec_true", what: "exec true", unit: "ms", rounds: 20, open: exec_true },
+    Measure { name: "docker_run_true", what: "docker run --rm true", unit: "ms", rounds: 10, open: docker_run_true },
+    Measure { name: "node_hello", what: "run node hello", unit: "ms", rounds: 10, open: node_hello },
+    Measure { name: "idle_pss", what: "PSS of an idle one", unit: "MB", rounds: 3, open: idle_pss },
+    Measure { name: "rootfs_read", what: "read the rootfs once", unit: "s", rounds: 3, open: rootfs_read },
+    Measure { name: "stdout_1g", what: "1 GB through stdout", unit: "MB/s", rounds: 3, open: stdout_1g },
+    Measure { name: "tcp_to_bridge", what: "TCP to the bridge", unit: "MB/s", rounds: 3, open: tcp_to_bridge },
 ];
 
 impl Measure {
     /// Takes it. A runtime that fails once is left out, with its reason.
     pub(crate) fn take(&self, world: &World, contenders: &[Contender]) -> Row {
         eprintln!("bench: {} ({} rounds)", self.what, self.rounds);
-        let mut samples: Vec<Result<Vec<f64>>> = contenders.iter().map(|_| Ok(Vec::new())).collect();
+        let mut turns: Vec<_> = contenders
+            .iter()
+            .map(|contender| (self.open)(world, contender).map(|sampler| (sampler, Vec::new())))
+            .collect();
         // The first round warms caches and does not count.
         for round in 0..=self.rounds {
-            for (contender, so_far) in contenders.iter().zip(&mut samples) {
-                let Ok(values) = so_far else { continue };
-                match (self.sample)(world, contender) {
+            for turn in &mut turns {
+                let Ok((sampler, values)) = turn else { continue };
+                match sampler() {
                     Ok(value) if round > 0 => values.push(value),
                     Ok(_) => {}
-                    Err(error) => *so_far = Err(error),
+                    Err(error) => *turn = Err(error),
                 }
             }
         }
+        let samples = turns.into_iter().map(|turn| turn.map(|(_, values)| values)).collect();
         Row::new(self.name, self.what, self.unit, samples)
     }
 }
+
+const SLEEP: &[&str] = &["sleep", "1000"];
 
 fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
@@ -62,57 +71,63 @@ fn timed(cmd: Cmd) -> Result<f64> {
     Ok(milliseconds(begin.elapsed()))
 }
 
-fn run_true(world: &World, contender: &Contender) -> Result<f64> {
-    timed(world.bundle(image::BUSYBOX, &["true"])?.run(contender))
+fn run_true<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    let bundle = world.bundle(image::BUSYBOX, &["true"])?;
+    Ok(Box::new(move || timed(bundle.run(contender))))
 }
 
-fn exec_true(world: &World, contender: &Contender) -> Result<f64> {
-    let bundle = world.bundle(image::BUSYBOX, &["sleep", "1000"])?;
-    let running = bundle.start(contender)?;
-    running.exec(&["true"]).ok()?;
-    timed(running.exec(&["true"]))
+fn exec_true<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    let running = world.bundle(image::BUSYBOX, SLEEP)?.start(contender)?;
+    Ok(Box::new(move || timed(running.exec(&["true"]))))
 }
 
-fn docker_run_true(world: &World, contender: &Contender) -> Result<f64> {
+fn docker_run_true<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
     world.docker.load(image::BUSYBOX)?;
-    timed(world.docker.client().args(["run", "--rm", "--runtime", contender.name, image::BUSYBOX, "true"]))
+    let run = ["run", "--rm", "--runtime", contender.name, image::BUSYBOX, "true"];
+    Ok(Box::new(move || timed(world.docker.client().args(run))))
 }
 
-fn node_hello(world: &World, contender: &Contender) -> Result<f64> {
-    timed(world.bundle(image::DEBIAN, &["node", "-e", "console.log('hello')"])?.run(contender))
+fn node_hello<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    let bundle = world.bundle(image::DEBIAN, &["node", "-e", "console.log('hello')"])?;
+    Ok(Box::new(move || timed(bundle.run(contender))))
 }
 
-fn idle_pss(world: &World, contender: &Contender) -> Result<f64> {
-    let bundle = world.bundle(image::BUSYBOX, &["sleep", "1000"])?;
-    let running = bundle.start(contender)?;
-    // Once used, then left alone until it has settled.
-    running.exec(&["true"]).ok()?;
-    std::thread::sleep(Duration::from_secs(1));
-    Ok(running.pss()? as f64 / 1e6)
+fn idle_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    Ok(Box::new(|| {
+        let running = world.bundle(image::BUSYBOX, SLEEP)?.start(contender)?;
+        // Once used, then left alone until it has settled.
+        running.exec(&["true"]).ok()?;
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(running.pss()? as f64 / 1e6)
+    }))
 }
 
-fn rootfs_read(world: &World, contender: &Contender) -> Result<f64> {
-    let bundle = world.bundle(image::DEBIAN, &["sleep", "1000"])?;
-    let running = bundle.start(contender)?;
-    let script = "find / -xdev -type f -print0 | xargs -0 cat | wc -c";
-    let begin = Instant::now();
-    let output = running.exec(&["sh", "-c", script]).limit(Duration::from_secs(300)).ok()?;
-    let seconds = begin.elapsed().as_secs_f64();
-    let bytes: u64 = output.text().parse()?;
-    ensure!(bytes > 100 << 20, "only {bytes} bytes were read");
-    Ok(seconds)
+fn rootfs_read<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    Ok(Box::new(|| {
+        // A new container each time: what it has read, a guest's kernel would keep.
+        let running = world.bundle(image::DEBIAN, SLEEP)?.start(contender)?;
+        let script = "find / -xdev -type f -print0 | xargs -0 cat | wc -c";
+        let begin = Instant::now();
+        let output = running.exec(&["sh", "-c", script]).limit(Duration::from_secs(300)).ok()?;
+        let seconds = begin.elapsed().as_secs_f64();
+        let bytes: u64 = output.text().parse()?;
+        ensure!(bytes > 100 << 20, "only {bytes} bytes were read");
+        Ok(seconds)
+    }))
 }
 
-fn stdout_1g(world: &World, contender: &Contender) -> Result<f64> {
+fn stdout_1g<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
     let bundle = world.bundle(image::BUSYBOX, &["dd", "if=/dev/zero", "bs=1M", "count=1024"])?;
-    stream::from_stdout(bundle.run(contender), 1 << 30)
+    Ok(Box::new(move || stream::from_stdout(bundle.run(contender), 1 << 30)))
 }
 
-fn tcp_to_bridge(world: &World, contender: &Contender) -> Result<f64> {
+fn tcp_to_bridge<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
     world.docker.load(image::BUSYBOX)?;
-    stream::over_tcp(512 << 20, |address, port| {
-        let script = format!("dd if=/dev/zero bs=1M count=512 2>/dev/null | nc {address} {port}");
-        let run = world.docker.client().args(["run", "--rm", "--runtime", contender.name, image::BUSYBOX]);
-        run.args(["sh", "-c", &script]).limit(Duration::from_secs(120))
-    })
+    let run = ["run", "--rm", "--runtime", contender.name, image::BUSYBOX, "sh", "-c"];
+    Ok(Box::new(move || {
+        stream::over_tcp(256 << 20, |address, port| {
+            let script = format!("dd if=/dev/zero bs=1M count=256 2>/dev/null | nc {address} {port}");
+            world.docker.client().args(run).arg(script).limit(Duration::from_secs(120))
+        })
+    }))
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use conformance::census::Process;
 use conformance::docker::Engine;
 use conformance::enclosure::Enclosure;
@@ -80,21 +80,21 @@ impl Bundle {
     }
 
     /// Starts the container in the background.
-    pub(crate) fn start<'a>(&'a self, contender: &'a Contender) -> Result<Running<'a>> {
+    pub(crate) fn start(self, contender: &Contender) -> Result<Running<'_>> {
         let before: Vec<i32> = Process::all()?.iter().map(|process| process.pid).collect();
         // The container inherits the streams and keeps them open: no pipes.
         let mut create = self.call(contender, "create").arg(&self.id).into_command();
         let status = create.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()?;
         let running = Running { bundle: self, contender, before };
-        anyhow::ensure!(status.success(), "{} create failed ({status})", contender.name);
-        self.call(contender, "start").arg(&self.id).ok()?;
+        ensure!(status.success(), "{} create failed ({status})", contender.name);
+        running.bundle.call(contender, "start").arg(&running.bundle.id).ok()?;
         Ok(running)
     }
 }
 
 /// A container in the background, deleted when it goes out of scope.
 pub(crate) struct Running<'a> {
-    bundle: &'a Bundle,
+    bundle: Bundle,
     contender: &'a Contender,
     before: Vec<i32>,
 }
