@@ -104,7 +104,7 @@ pub(crate) fn init(level: LevelFilter) {
 
 /// Marks a stage for whoever wants to know where the time of a start goes.
 pub(crate) fn stage(name: &str) {
-    tracing::debug!(stage = name, "stage");
+    tracing::info!(stage = name, "stage");
 }
 
 /// In a child of PID 1: sends every further line into `pipe`.

@@ -137,6 +137,8 @@ pub(super) async fn start(files: &Files) -> io::Result<()> {
     let notified = UnixStream::connect(files.state().join("notify.sock")).await?;
     notified.writable().await?;
     notified.try_write(b"start")?;
+    // The word is read to its end.
+    drop(notified);
     // A program on a file system that hangs is started all the same.
     let _ = tokio::time::timeout(START_PATIENCE, running.wait_for(|running| *running)).await;
     Ok(())
