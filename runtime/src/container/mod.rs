@@ -122,10 +122,10 @@ fn oci_state(container: &Container) -> Result<Vec<u8>> {
         "bundle": record.bundle,
         "annotations": record.annotations,
     });
-    if let (Some(monitor), Some(object)) = (record.monitor, state.as_object_mut()) {
-        if status != Status::Stopped {
-            object.insert("pid".to_owned(), monitor.pid.into());
-        }
+    if let (Some(monitor), Some(object)) = (record.monitor, state.as_object_mut())
+        && status != Status::Stopped
+    {
+        object.insert("pid".to_owned(), monitor.pid.into());
     }
     serde_json::to_vec(&state).map_err(|error| Error::system("write the state")(error))
 }

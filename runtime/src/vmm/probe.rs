@@ -113,10 +113,10 @@ fn automatic() -> Choice {
     // Permission to open the device is the caller's, not the boot's.
     let openable = fs::File::options().read(true).write(true).open(Path::new("/dev/kvm")).is_ok();
     let boot = boot_id();
-    if let Some(cached) = cached(&boot) {
-        if openable || cached.accelerator == Accelerator::Tcg {
-            return cached;
-        }
+    if let Some(cached) = cached(&boot)
+        && (openable || cached.accelerator == Accelerator::Tcg)
+    {
+        return cached;
     }
     let choice = match probe() {
         Ok(Kvm::Ordinary) => {
