@@ -235,11 +235,11 @@ fn two_networks_are_two_interfaces(d: &Docker) -> Result<Outcome> {
     let (first, second) = (d.network("")?, d.network("")?);
     let container = d.create(
         &format!("--network {first}"),
-        &["sh", "-c", "ip -o -4 address | awk '{ print $2 }'; ip route | grep -c default"],
+        &["sh", "-c", "ip -o -4 address | awk '{ print $2 }' | sort; ip route | grep -c default"],
     )?;
     d.docker("network connect").args([&second, &container.id]).ok()?;
     let output = container.docker("start --attach").run()?;
-    expect_equal("interfaces and default routes", output.text(), "lo\neth0\neth1\n1")?;
+    expect_equal("interfaces and default routes", output.text(), "eth0\neth1\nlo\n1")?;
     Ok(Outcome::new().see_output("run", &output))
 }
 
