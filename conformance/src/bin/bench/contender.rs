@@ -1,8 +1,10 @@
 //! The runtimes that are measured.
 
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+use conformance::Cmd;
 use conformance::runtime::dist;
 
 /// A runtime and how it is called.
@@ -18,8 +20,9 @@ pub(crate) struct Contender {
 }
 
 impl Contender {
-    /// runc, crun and runsc of the distribution, and runvm.
-    pub(crate) fn all() -> Result<Vec<Self>> {
+    /// runc, crun and runsc of the distribution, and runvm. `folder` is for what they need.
+    pub(crate) fn all(folder: &Path) -> Result<Vec<Self>> {
+        prepare_cgroups()?;
         let runvm = dist().join("bin/runvm");
         ensure!(runvm.exists(), "there is no {}: run `make build`, or set RUNVM_DIST", runvm.display());
         Ok(vec![
@@ -27,13 +30,32 @@ impl Contender {
             Self { name: "crun", program: "/usr/bin/crun".into(), options: &[], alone: &[] },
             Self {
                 name: "runsc",
-                program: "/usr/bin/runsc".into(),
-                // The distribution's runsc knows no cgroup v1 beside v2, and its other
-                // platform wants a KVM with hardware's help.
-                options: &["--ignore-cgroups", "--platform=ptrace"],
+                program: runsc(folder)?,
+                // The distribution's runsc knows no cgroup v1 beside v2, its other platform
+                // wants a KVM with hardware's help, and its own network stack does not
+                // start on newer kernels.
+                options: &["--ignore-cgroups", "--platform=ptrace", "--network=host"],
                 alone: &["--network=none"],
             },
             Self { name: "runvm", program: runvm, options: &[], alone: &[] },
         ])
     }
+}
+
+/// crun refuses cgroup v1 where a v2 hierarchy is mounted beside it. It goes, in this mount
+/// namespace only.
+fn prepare_cgroups() -> Result<()> {
+    const BESIDE_V1: &str = "/sys/fs/cgroup/unified";
+    if Path::new(BESIDE_V1).join("cgroup.controllers").exists() {
+        Cmd::new("umount").arg(BESIDE_V1).ok()?;
+    }
+    Ok(())
+}
+
+/// runsc starts only where its temporary folder is the system's.
+fn runsc(folder: &Path) -> Result<PathBuf> {
+    let path = folder.join("runsc");
+    std::fs::write(&path, "#!/bin/sh\nTMPDIR=/tmp exec /usr/bin/runsc \"$@\"\n")?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(path)
 }

@@ -25,10 +25,14 @@ fn main() -> ExitCode {
 }
 
 fn bench(enclosure: &Enclosure) -> Result<ExitCode> {
-    let contenders = Contender::all()?;
+    let contenders = Contender::all(enclosure.work())?;
     let world = World::make(enclosure, &contenders)?;
     let mut report = Report::new(&contenders);
-    for measure in measure::ALL {
+    // Names of measures may be given; all are taken otherwise.
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    for measure in
+        measure::ALL.iter().filter(|measure| wanted.is_empty() || wanted.iter().any(|name| name == measure.name))
+    {
         report.add(measure.take(&world, &contenders));
     }
     report.print()?;

@@ -12,7 +12,7 @@ use crate::world::World;
 
 /// One measure: a number of rounds in which all runtimes take their turn.
 pub(crate) struct Measure {
-    name: &'static str,
+    pub(crate) name: &'static str,
     what: &'static str,
     unit: &'static str,
     rounds: usize,
