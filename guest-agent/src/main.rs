@@ -26,10 +26,14 @@ use std::sync::Arc;
 
 use futures::StreamExt as _;
 use runvm_protocol::mux;
+use tokio::io::BufStream;
 
 use self::dispatch::Dispatcher;
 use self::reaper::Reaper;
 use self::serial::Serial;
+
+/// The kernel hands out what arrived in one buffer of a page at a time.
+const SERIAL_READ: usize = 4096;
 
 fn main() {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
@@ -72,7 +76,9 @@ async fn serve(dispatcher: Arc<Dispatcher>) -> Result<Infallible, Box<dyn Error>
     loop {
         let serial = Serial::open().await?;
         log::stage("channel ready");
-        let mut streams = pin!(mux::guest(serial));
+        // The multiplexer writes a frame's head and its body apart: each write is a notification of the VMM.
+        let line = BufStream::with_capacity(SERIAL_READ, mux::SERIAL_WRITE, serial);
+        let mut streams = pin!(mux::guest(line));
         while let Some(stream) = streams.next().await {
             match stream {
                 Ok(stream) => {

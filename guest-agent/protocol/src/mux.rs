@@ -20,8 +20,18 @@ pub const MAX_STREAMS: usize = 256;
 /// yamux's first window of a stream, in bytes. The bound of all windows must leave each stream this much.
 const FIRST_WINDOW: usize = 256 * 1024;
 
-/// How much of a stream goes into one frame. A serial line moves it in one piece.
-const FRAME: usize = 32 * 1024;
+/// How much larger the windows of busy streams may grow, all together: what a stream carries in one round trip is
+/// bounded by its window, and a busy machine's round trips are long.
+const GROWTH: usize = 4 * 1024 * 1024;
+
+/// The most that a guest's kernel writes to a serial port at once.
+pub const SERIAL_WRITE: usize = 32 * 1024;
+
+/// What yamux puts before a frame.
+const HEADER: usize = 12;
+
+/// How much of a stream goes into one frame: a serial line moves it in one piece.
+const FRAME: usize = SERIAL_WRITE - HEADER;
 
 /// One stream: reads end when the other side has shut down its writing.
 pub type ByteStream = Compat<yamux::Stream>;
@@ -111,7 +121,7 @@ where
 fn config() -> Config {
     let mut config = Config::default();
     config.set_max_num_streams(MAX_STREAMS);
-    config.set_max_connection_receive_window(Some(MAX_STREAMS * FIRST_WINDOW));
+    config.set_max_connection_receive_window(Some(MAX_STREAMS * FIRST_WINDOW + GROWTH));
     config.set_split_send_size(FRAME);
     // What a process wrote before its end is still to be read after the other side has closed.
     config.set_read_after_close(true);
