@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream;
-use runvm_protocol::mux::ByteStream;
 use runvm_protocol::ports;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -13,7 +12,7 @@ use ttrpc::r#async::transport::Listener;
 
 use crate::container::Containers;
 use crate::reaper::Reaper;
-use crate::stdio::HeldStreams;
+use crate::stdio::{HeldStreams, HostStream, Stream};
 use crate::{dns, log, service};
 
 /// How long the host may take to say what a stream is for.
@@ -21,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the agent offers on its streams, whichever channel they come by.
 pub(crate) struct Dispatcher {
-    control: mpsc::Sender<std::io::Result<ByteStream>>,
+    control: mpsc::Sender<std::io::Result<Stream>>,
     held: HeldStreams,
 }
 
@@ -41,11 +40,11 @@ impl Dispatcher {
     }
 
     /// Serves one stream as long as it is its own matter.
-    pub(crate) async fn serve(&self, mut stream: ByteStream) {
+    pub(crate) async fn serve(&self, mut stream: impl HostStream + 'static) {
         match timeout(PATIENCE, ports::announced(&mut stream)).await {
             Ok(Ok(ports::CONTROL)) => {
                 // The server takes connections as long as the agent runs.
-                let _ = self.control.send(Ok(stream)).await;
+                let _ = self.control.send(Ok(Box::new(stream))).await;
             }
             Ok(Ok(ports::STDIO)) => self.hold(stream).await,
             Ok(Ok(ports::LOG)) => log::serve(stream).await,
@@ -56,18 +55,20 @@ impl Dispatcher {
         }
     }
 
-    async fn hold(&self, mut stream: ByteStream) {
+    async fn hold(&self, mut stream: impl HostStream + 'static) {
         let key = match timeout(PATIENCE, ports::stdio_key(&mut stream)).await {
             Ok(Ok(key)) => key,
             Ok(Err(error)) => return tracing::warn!("a stdio stream has no key: {error}"),
             Err(_) => return tracing::warn!("a stdio stream was not named in time"),
         };
+        let Some(place) = self.held.reserve(&key) else {
+            return tracing::warn!("there is no room for the stdio stream {key:?}");
+        };
         // The host waits for the answer before it names the stream in a request.
-        if let Err(error) = ports::acknowledge_stdio(&mut stream).await {
-            return tracing::debug!("a stdio stream ended before it was held: {error}");
-        }
-        if self.held.hold(&key, stream).is_err() {
-            tracing::warn!("there is no room for the stdio stream {key:?}");
+        match ports::acknowledge_stdio(&mut stream).await {
+            // It may have waited long enough.
+            Ok(()) => drop(place.send(Box::new(stream))),
+            Err(error) => tracing::debug!("a stdio stream ended before it was held: {error}"),
         }
     }
 }

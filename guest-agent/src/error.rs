@@ -22,8 +22,10 @@ pub(crate) enum RequestError {
     AlreadyStarted,
     #[error("cannot start a container that has stopped")]
     Stopped,
-    #[error("container is paused")]
-    Paused,
+    #[error("cannot exec in a container that has stopped")]
+    ExecInStopped,
+    #[error("cannot exec in a paused container")]
+    ExecInPaused,
     #[error("container not paused")]
     NotPaused,
     #[error("cannot delete container that is not stopped")]
@@ -66,7 +68,8 @@ impl RequestError {
             Self::NotRunning
             | Self::AlreadyStarted
             | Self::Stopped
-            | Self::Paused
+            | Self::ExecInStopped
+            | Self::ExecInPaused
             | Self::NotPaused
             | Self::StillRunning
             | Self::Finished

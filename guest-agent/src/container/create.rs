@@ -119,7 +119,9 @@ pub(super) async fn create(
     });
     if helper.status().await != 0 {
         let log = log.await.unwrap_or_default();
-        return Err(RequestError::Program(failure(files, spec, log)));
+        let sentence = fs::read_to_string(files.failure());
+        let sentence = sentence.unwrap_or_else(|_| "the container's first process died while it was made".into());
+        return Err(RequestError::Program(failure(sentence, spec, log)));
     }
     let init = init_of(files).map_err(RequestError::system("read the container's state"))?;
     let exit = expected.fulfil(init);
@@ -191,20 +193,22 @@ fn sentence(error: &LibcontainerError) -> String {
     inside.or_else(|| text.strip_prefix("failed to create container: ")).unwrap_or(&text).to_owned()
 }
 
-/// Why the creation failed, with the cause from the log where the sentence has none.
-fn failure(files: &Files, spec: &Spec, log: ChildLog) -> String {
-    let sentence = fs::read_to_string(files.failure()).unwrap_or_else(|_| "the container's creation died".into());
-    match log.first_error {
-        _ if sentence.starts_with("exec: ") => sentence,
-        Some(cause) if cause.starts_with("failed to chdir") => chdir_failure(spec, &cause),
-        Some(cause) if !cause.contains(&sentence) => format!("{sentence}: {cause}"),
-        _ => sentence,
+/// Why the creation failed: libcontainer's sentence, with the cause from the log where it has none, and runc's where
+/// the working directory is to blame.
+fn failure(sentence: String, spec: &Spec, log: ChildLog) -> String {
+    let Some(cause) = log.first_error.filter(|_| !sentence.starts_with("exec: ")) else { return sentence };
+    let cwd = spec.process().as_ref().map(|process| process.cwd().display().to_string()).unwrap_or_default();
+    if let Some(errno) = cwd::failure(&cause) {
+        return format!("mkdir {cwd}: {}", describe(errno));
     }
+    if cause.starts_with("failed to chdir") {
+        return chdir_failure(&cwd, &cause);
+    }
+    if cause.contains(&sentence) { sentence } else { format!("{sentence}: {cause}") }
 }
 
-/// runc's sentence for a working directory that cannot be entered.
-fn chdir_failure(spec: &Spec, cause: &str) -> String {
-    let cwd = spec.process().as_ref().map(|process| process.cwd().display().to_string()).unwrap_or_default();
+/// runc makes the directory first, so one that is none fails there.
+fn chdir_failure(cwd: &str, cause: &str) -> String {
     if cause.contains("ENOTDIR") {
         return format!("mkdir {cwd}: {}", describe(Errno::NOTDIR));
     }
@@ -242,4 +246,27 @@ pub(super) fn receive_file(socket: impl std::os::fd::AsFd) -> io::Result<OwnedFd
         _ => None,
     });
     files.next().and_then(|mut files| files.next()).ok_or_else(|| io::Error::other("no terminal came"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libcontainer::oci_spec::runtime::{ProcessBuilder, SpecBuilder};
+
+    #[test]
+    fn failures_are_told_in_runcs_words() {
+        let process = ProcessBuilder::default().cwd("/work").build().unwrap();
+        let spec = SpecBuilder::default().process(process).build().unwrap();
+        let told =
+            |sentence: &str, cause: &str| failure(sentence.into(), &spec, ChildLog { first_error: Some(cause.into()) });
+        let exec = r#"exec: "x": executable file not found in $PATH"#;
+        assert_eq!(told(exec, &format!("failed to initialize: {exec}")), exec);
+        let chdir = "chdir to cwd (\"/work\") set in config.json failed: permission denied";
+        assert_eq!(told("failed to unix syscall", "failed to chdir: e=EACCES"), chdir);
+        assert_eq!(told("failed to unix syscall", "failed to chdir: e=ENOTDIR"), "mkdir /work: not a directory");
+        let hook = "failed to run create container hooks: err=NonZeroExitCode(30)";
+        assert_eq!(told("failed to run hooks", hook), "mkdir /work: read-only file system");
+        assert_eq!(told("failed to prepare rootfs", "no such source"), "failed to prepare rootfs: no such source");
+        assert_eq!(told("invalid umask", "failed: invalid umask"), "invalid umask");
+    }
 }

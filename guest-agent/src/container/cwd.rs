@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{HookBuilder, Mount, Spec};
 use pathrs::Root;
+use pathrs::error::ErrorKind;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -35,16 +36,23 @@ pub(super) fn provide(spec: &mut Spec) -> io::Result<()> {
     Ok(())
 }
 
-/// What the hook does: makes the directory below the container's root. Returns the exit code.
+/// What the hook does: makes the directory below the container's root. Returns the exit code, which is the number of
+/// the system's error: libcontainer tells nothing else of a hook.
 pub(crate) fn make(arguments: &[OsString]) -> i32 {
-    let [root, cwd] = arguments else { return 2 };
+    let [root, cwd] = arguments else { return Errno::INVAL.raw_os_error() };
     match Root::open(root).and_then(|root| root.mkdir_all(cwd, &Permissions::from_mode(0o755))) {
         Ok(_) => 0,
-        Err(error) => {
-            eprintln!("mkdir {}: {error}", Path::new(cwd).display());
-            1
-        }
+        Err(error) => match error.kind() {
+            ErrorKind::OsError(Some(errno)) => errno,
+            _ => Errno::IO.raw_os_error(),
+        },
     }
+}
+
+/// The system's error in libcontainer's words on a failed hook.
+pub(super) fn failure(text: &str) -> Option<Errno> {
+    let (_, code) = text.split_once("NonZeroExitCode(")?;
+    code.split_once(')')?.0.parse().ok().map(Errno::from_raw_os_error)
 }
 
 /// Whether the directory may be missing once everything is mounted.
@@ -81,6 +89,16 @@ mod tests {
     fn mount(destination: &str, source: &str, options: &[&str]) -> Mount {
         let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
         MountBuilder::default().destination(destination).source(source).options(options).build().unwrap()
+    }
+
+    #[test]
+    fn the_reason_is_in_the_exit_code() {
+        let arguments = ["/", "/proc/no-such-directory"].map(OsString::from);
+        let code = make(&arguments);
+        let text = format!("failed to run create container hooks: err=NonZeroExitCode({code})");
+        assert_eq!(failure(&text).map(|errno| errno.raw_os_error()), Some(code));
+        assert_ne!(code, 0);
+        assert_eq!(failure("failed to chdir: e=ENOENT"), None);
     }
 
     #[test]

@@ -112,7 +112,7 @@ impl Containers {
     ) -> Result<Container, RequestError> {
         let cgroup = Cgroup::of(id);
         let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
-        let streams = Streams::take(&self.held, &request.stdio)?;
+        let streams = Streams::take(&self.held, &request.stdio).await?;
         set_net_sysctls(&net_sysctls)?;
         let files = Files::create(number).map_err(RequestError::system("make the container's folder"))?;
         let first = self.first_process(&files, &spec, &request.stdio, streams).await;
@@ -211,14 +211,14 @@ impl Containers {
     pub(crate) async fn exec(&self, request: &agent::ExecProcessRequest) -> Result<u32, RequestError> {
         let container = self.find(&request.container_id)?;
         let exec_id = valid(&request.exec_id)?;
-        container.alive()?;
-        match *lock(&container.phase) {
-            Phase::Running => {}
-            Phase::Paused => return Err(RequestError::Paused),
-            Phase::Created => return Err(RequestError::NotRunning),
+        if container.init.exit.happened() {
+            return Err(RequestError::ExecInStopped);
+        }
+        if *lock(&container.phase) == Phase::Paused {
+            return Err(RequestError::ExecInPaused);
         }
         let process = spec::parse_process(&request.process)?;
-        let streams = Streams::take(&self.held, &request.stdio)?;
+        let streams = Streams::take(&self.held, &request.stdio).await?;
         {
             let mut execs = lock(&container.execs);
             if execs.contains_key(exec_id) {

@@ -5,8 +5,9 @@ use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use runvm_protocol::mux::ByteStream;
+use tokio::sync::oneshot;
 
+use super::Stream;
 use crate::sync::lock;
 
 /// How many streams may wait.
@@ -21,10 +22,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) struct NotHeld(String);
 
 /// The streams under their keys. Copies share them.
-pub(crate) struct HeldStreams<S = ByteStream>(Arc<Mutex<State<S>>>);
+pub(crate) struct HeldStreams<S = Stream>(Arc<Mutex<State<S>>>);
 
 struct State<S> {
-    streams: HashMap<String, (u64, S)>,
+    /// Each arrives when the host has been told that it is held.
+    streams: HashMap<String, (u64, oneshot::Receiver<S>)>,
     /// Tells a stream from a later one with the same key.
     serial: u64,
 }
@@ -42,17 +44,18 @@ impl<S> Default for HeldStreams<S> {
 }
 
 impl<S: Send + 'static> HeldStreams<S> {
-    /// Holds a stream; gives it back where there is no room or the key is taken.
-    pub(crate) fn hold(&self, key: &str, stream: S) -> Result<(), S> {
+    /// Makes a place for a stream, if there is room and the key is not taken.
+    pub(crate) fn reserve(&self, key: &str) -> Option<oneshot::Sender<S>> {
+        let (place, arrival) = oneshot::channel();
         let mut state = lock(&self.0);
         if state.streams.len() >= MAX_HELD {
-            return Err(stream);
+            return None;
         }
         state.serial += 1;
         let serial = state.serial;
         match state.streams.entry(key.to_owned()) {
-            Entry::Occupied(_) => return Err(stream),
-            Entry::Vacant(place) => place.insert((serial, stream)),
+            Entry::Occupied(_) => return None,
+            Entry::Vacant(entry) => entry.insert((serial, arrival)),
         };
         drop(state);
         let (held, key) = (self.clone(), key.to_owned());
@@ -63,16 +66,17 @@ impl<S: Send + 'static> HeldStreams<S> {
                 state.streams.remove(&key);
             }
         });
-        Ok(())
+        Some(place)
     }
 
     /// Takes the stream with that key, and with the empty key none.
-    pub(crate) fn take(&self, key: &str) -> Result<Option<S>, NotHeld> {
+    pub(crate) async fn take(&self, key: &str) -> Result<Option<S>, NotHeld> {
         if key.is_empty() {
             return Ok(None);
         }
-        let (_, stream) = lock(&self.0).streams.remove(key).ok_or_else(|| NotHeld(key.to_owned()))?;
-        Ok(Some(stream))
+        let held = lock(&self.0).streams.remove(key);
+        let (_, arrival) = held.ok_or_else(|| NotHeld(key.to_owned()))?;
+        arrival.await.map(Some).map_err(|_| NotHeld(key.to_owned()))
     }
 }
 
@@ -83,25 +87,34 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn streams_wait_only_so_long() {
         let held = HeldStreams::<u8>::default();
-        held.hold("a", 1).unwrap();
-        held.hold("b", 2).unwrap();
-        assert_eq!(held.take("a").unwrap(), Some(1));
-        held.hold("a", 3).unwrap();
+        held.reserve("a").unwrap().send(1).unwrap();
+        held.reserve("b").unwrap().send(2).unwrap();
+        assert_eq!(held.take("a").await.unwrap(), Some(1));
+        held.reserve("a").unwrap().send(3).unwrap();
         tokio::time::sleep(PATIENCE - Duration::from_secs(1)).await;
-        assert_eq!(held.take("a").unwrap(), Some(3));
+        assert_eq!(held.take("a").await.unwrap(), Some(3));
         tokio::time::sleep(Duration::from_secs(2)).await;
-        assert!(held.take("b").is_err());
+        assert!(held.take("b").await.is_err());
     }
 
     #[tokio::test]
     async fn there_is_room_for_so_many_and_one_of_a_name() {
         let held = HeldStreams::<usize>::default();
-        held.hold("0", 0).unwrap();
-        assert_eq!(held.hold("0", 1), Err(1));
-        for index in 1..MAX_HELD {
-            held.hold(&index.to_string(), index).unwrap();
-        }
-        assert_eq!(held.hold("more", 9), Err(9));
-        assert_eq!(held.take("").unwrap(), None);
+        let places: Vec<_> = (0..MAX_HELD).map(|index| held.reserve(&index.to_string()).unwrap()).collect();
+        assert!(held.reserve("more").is_none());
+        assert_eq!(held.take("").await.unwrap(), None);
+        drop(places);
+        assert!(held.take("0").await.is_err(), "its stream never came");
+        let _place = held.reserve("0").unwrap();
+        assert!(held.take("1").await.is_err());
+        assert!(held.reserve("0").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_request_may_be_faster_than_the_answer() {
+        let held = HeldStreams::<u8>::default();
+        let place = held.reserve("a").unwrap();
+        let (taken, ()) = tokio::join!(held.take("a"), async { place.send(1).unwrap() });
+        assert_eq!(taken.unwrap(), Some(1));
     }
 }

@@ -15,6 +15,7 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 
 use crate::readiness;
@@ -35,22 +36,37 @@ pub(crate) enum StdioError {
     Io(#[from] io::Error),
 }
 
+/// What the agent needs of a stream that the host has opened, whichever channel it came by.
+pub(crate) trait HostStream: AsyncRead + AsyncWrite + Unpin + Send + Sync {
+    /// Whether the host has let go of both directions, not only of its writing.
+    fn is_gone(&self) -> bool;
+}
+
+/// Any such stream.
+pub(crate) type Stream = Box<dyn HostStream>;
+
+impl HostStream for ByteStream {
+    fn is_gone(&self) -> bool {
+        self.get_ref().is_closed()
+    }
+}
+
 /// The host's streams for one process.
 pub(crate) struct Streams {
-    stdin: Option<ByteStream>,
-    stdout: Option<ByteStream>,
-    stderr: Option<ByteStream>,
-    pub(crate) lifeline: Option<ByteStream>,
+    stdin: Option<Stream>,
+    stdout: Option<Stream>,
+    stderr: Option<Stream>,
+    pub(crate) lifeline: Option<Stream>,
 }
 
 impl Streams {
     /// Takes the streams that the request names.
-    pub(crate) fn take(held: &HeldStreams, stdio: &agent::Stdio) -> Result<Self, NotHeld> {
+    pub(crate) async fn take(held: &HeldStreams, stdio: &agent::Stdio) -> Result<Self, NotHeld> {
         Ok(Self {
-            stdin: held.take(&stdio.stdin)?,
-            stdout: held.take(&stdio.stdout)?,
-            stderr: held.take(&stdio.stderr)?,
-            lifeline: held.take(&stdio.lifeline)?,
+            stdin: held.take(&stdio.stdin).await?,
+            stdout: held.take(&stdio.stdout).await?,
+            stderr: held.take(&stdio.stderr).await?,
+            lifeline: held.take(&stdio.lifeline).await?,
         })
     }
 }
@@ -151,7 +167,7 @@ impl Attached {
             let pipe = pollable(pipe, Interest::WRITABLE)?;
             tokio::spawn(relay::input(stream, pipe));
         }
-        let output = |stream: Option<ByteStream>, pipe: Option<OwnedFd>| match (stream, pipe) {
+        let output = |stream: Option<Stream>, pipe: Option<OwnedFd>| match (stream, pipe) {
             (Some(stream), Some(pipe)) => Ok(Some(hand_over(stream, pollable(pipe, Interest::READABLE)?, exit))),
             _ => Ok::<_, io::Error>(None),
         };
@@ -178,7 +194,7 @@ impl Attached {
     }
 }
 
-fn hand_over(stream: ByteStream, source: Arc<AsyncFd<OwnedFd>>, exit: &Exit) -> Handover {
+fn hand_over(stream: Stream, source: Arc<AsyncFd<OwnedFd>>, exit: &Exit) -> Handover {
     let (report, handed) = watch::channel(None);
     tokio::spawn(relay::output(source, stream, exit.clone(), report));
     Handover(handed)

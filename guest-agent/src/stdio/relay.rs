@@ -5,31 +5,19 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use runvm_protocol::mux::ByteStream;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::sync::watch;
 
+use super::Stream;
 use crate::reaper::Exit;
 
 /// How much is carried in one step, and all that is held of a stream here.
 const CHUNK: usize = 64 * 1024;
 
-/// What a relay needs of the host's stream.
-pub(super) trait HostStream: AsyncRead + AsyncWrite + Unpin + Send {
-    /// Whether the host has let go of both directions, not only of its writing.
-    fn is_gone(&self) -> bool;
-}
-
-impl HostStream for ByteStream {
-    fn is_gone(&self) -> bool {
-        self.get_ref().is_closed()
-    }
-}
-
 /// Carries the host's bytes to the process until either is done. Letting go of `sink` closes a pipe; a terminal has
 /// its other users.
-pub(super) async fn input(mut stream: impl HostStream, sink: Arc<AsyncFd<OwnedFd>>) {
+pub(super) async fn input(mut stream: Stream, sink: Arc<AsyncFd<OwnedFd>>) {
     let mut buffer = vec![0; CHUNK];
     while let Ok(read @ 1..) = stream.read(&mut buffer).await {
         if write_all(&sink, &buffer[..read]).await.is_err() {
@@ -46,7 +34,7 @@ pub(super) async fn input(mut stream: impl HostStream, sink: Arc<AsyncFd<OwnedFd
 /// bytes then go nowhere.
 pub(super) async fn output(
     source: Arc<AsyncFd<OwnedFd>>,
-    stream: impl HostStream,
+    stream: Stream,
     exit: Exit,
     report: watch::Sender<Option<u64>>,
 ) {
@@ -95,7 +83,7 @@ pub(super) async fn output(
 }
 
 /// Waits until the host lets go of the stream of an output. It has nothing to say on it.
-async fn gone(stream: Option<&mut impl HostStream>) {
+async fn gone(stream: Option<&mut Stream>) {
     if let Some(stream) = stream {
         while let Ok(1..) = stream.read(&mut [0; 64]).await {}
         if stream.is_gone() {
@@ -120,6 +108,7 @@ async fn write_all(sink: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::HostStream;
     use super::*;
     use crate::readiness;
     use crate::reaper::Reaper;
@@ -159,7 +148,7 @@ mod tests {
         let reaper = Reaper::default();
         let exit = reaper.watch(Pid::from_raw(PID).unwrap());
         let (report, handed) = watch::channel(None);
-        tokio::spawn(output(source, stream, exit, report));
+        tokio::spawn(output(source, Box::new(stream), exit, report));
         Running { process, host, reaper, handed }
     }
 
@@ -204,7 +193,7 @@ mod tests {
     async fn the_end_of_the_hosts_input_is_the_processes() {
         let (sink, mut process) = pipe(false);
         let (stream, mut host) = tokio::io::duplex(64);
-        let carrying = tokio::spawn(input(stream, sink));
+        let carrying = tokio::spawn(input(Box::new(stream), sink));
         host.write_all(b"input").await.unwrap();
         host.shutdown().await.unwrap();
         carrying.await.unwrap();
@@ -217,7 +206,7 @@ mod tests {
     async fn input_that_nobody_reads_waits_in_its_bounds() {
         let (sink, process) = pipe(false);
         let (stream, mut host) = tokio::io::duplex(64);
-        let carrying = tokio::spawn(input(stream, sink));
+        let carrying = tokio::spawn(input(Box::new(stream), sink));
         let flood = tokio::spawn(async move { host.write_all(&vec![0; 8 << 20]).await });
         tokio::task::yield_now().await;
         assert!(!carrying.is_finished() && !flood.is_finished());
