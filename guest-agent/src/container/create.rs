@@ -255,17 +255,17 @@ mod tests {
 
     #[test]
     fn failures_are_told_in_runcs_words() {
-        let process = ProcessBuilder::default().cwd("/work").build().unwrap();
+        let process = ProcessBuilder::default().cwd("/srv").build().unwrap();
         let spec = SpecBuilder::default().process(process).build().unwrap();
         let told =
             |sentence: &str, cause: &str| failure(sentence.into(), &spec, ChildLog { first_error: Some(cause.into()) });
         let exec = r#"exec: "x": executable file not found in $PATH"#;
         assert_eq!(told(exec, &format!("failed to initialize: {exec}")), exec);
-        let chdir = "chdir to cwd (\"/work\") set in config.json failed: permission denied";
+        let chdir = "chdir to cwd (\"/srv\") set in config.json failed: permission denied";
         assert_eq!(told("failed to unix syscall", "failed to chdir: e=EACCES"), chdir);
-        assert_eq!(told("failed to unix syscall", "failed to chdir: e=ENOTDIR"), "mkdir /work: not a directory");
+        assert_eq!(told("failed to unix syscall", "failed to chdir: e=ENOTDIR"), "mkdir /srv: not a directory");
         let hook = "failed to run create container hooks: err=NonZeroExitCode(30)";
-        assert_eq!(told("failed to run hooks", hook), "mkdir /work: read-only file system");
+        assert_eq!(told("failed to run hooks", hook), "mkdir /srv: read-only file system");
         assert_eq!(told("failed to prepare rootfs", "no such source"), "failed to prepare rootfs: no such source");
         assert_eq!(told("invalid umask", "failed: invalid umask"), "invalid umask");
     }
