@@ -20,7 +20,7 @@ use ttrpc::context::{self, Context};
 use crate::vmm::{ByteStream, Channel};
 
 pub use stdio::{Descriptors, Relay};
-pub use tunnel::{MonitorSocket, serve as serve_tunnel};
+pub use tunnel::{MonitorSocket, Tunnel};
 
 /// How long a guest may take for an answer, except to the question when a process ends.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);

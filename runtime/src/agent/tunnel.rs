@@ -16,7 +16,7 @@ use crate::vmm::{ByteStream, Channel};
 
 const NAME: &str = "agent.sock";
 /// How many connections are served at once, fewer than the channel has streams; further ones wait.
-const MAX_CONNECTIONS: usize = 200;
+const MAX_CONNECTIONS: u32 = 200;
 
 /// The socket in a container's folder.
 #[derive(Debug)]
@@ -55,11 +55,31 @@ impl Channel for MonitorSocket {
     }
 }
 
-/// Serves the socket for ever.
-pub async fn serve(listener: UnixListener, channel: Arc<dyn Channel>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+/// The socket being served.
+pub struct Tunnel {
+    places: Arc<Semaphore>,
+}
+
+impl Tunnel {
+    /// Serves the socket for as long as the runtime runs.
+    pub fn serve(listener: UnixListener, channel: Arc<dyn Channel>) -> Self {
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS as usize));
+        tokio::spawn(serve(listener, channel, places.clone()));
+        Self { places }
+    }
+
+    /// Waits until nobody is connected, and lets nobody connect from then on.
+    pub async fn deserted(&self) {
+        match self.places.acquire_many(MAX_CONNECTIONS).await {
+            Ok(places) => places.forget(),
+            // Nobody closes it.
+            Err(_closed) => {}
+        }
+    }
+}
+
+async fn serve(listener: UnixListener, channel: Arc<dyn Channel>, places: Arc<Semaphore>) {
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         let mut connection = match listener.accept().await {
             Ok((connection, _)) => connection,
             Err(error) => {
@@ -68,6 +88,7 @@ pub async fn serve(listener: UnixListener, channel: Arc<dyn Channel>) {
                 continue;
             }
         };
+        let Ok(place) = places.clone().acquire_owned().await else { return };
         let channel = channel.clone();
         tokio::spawn(async move {
             if let Ok(mut stream) = channel.open().await {
@@ -105,12 +126,14 @@ mod tests {
         let folder = dir.path().join("x".repeat(200));
         std::fs::create_dir(&folder).unwrap();
         let socket = MonitorSocket::of(&folder);
-        tokio::spawn(serve(socket.listen().unwrap(), Arc::new(Echo)));
+        let tunnel = Tunnel::serve(socket.listen().unwrap(), Arc::new(Echo));
         let mut stream = socket.open().await.unwrap();
         stream.write_all(b"hello").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut back = String::new();
         stream.read_to_string(&mut back).await.unwrap();
         assert_eq!(back, "hello");
+        drop(stream);
+        tunnel.deserted().await;
     }
 }

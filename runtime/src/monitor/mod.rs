@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use rustix::process::setsid;
 
-use crate::agent::{Agent, Descriptors, MonitorSocket, Relay, serve_tunnel};
+use crate::agent::{Agent, Descriptors, MonitorSocket, Relay, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec, NetworkNamespace};
 use crate::error::{Error, Result, sentence};
 use crate::host::terminal;
@@ -27,6 +27,10 @@ pub use attend::{KILLED, Process, attend};
 pub use handshake::{Owner, ToOwner};
 pub use launch::{Globals, Launched};
 use runvm_protocol::agent as wire;
+
+/// How long the end of a container waits for its execs to take their leave. They end with it: what can delay them is
+/// only who reads their output.
+const PARTING: std::time::Duration = std::time::Duration::from_secs(2);
 
 /// What a monitor is told by its command line.
 #[derive(Clone, Debug)]
@@ -153,14 +157,14 @@ async fn run(
         })
         .await?;
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
-    tokio::spawn(serve_tunnel(listener, sandbox.channel()));
+    let tunnel = Tunnel::serve(listener, sandbox.channel());
     release_stdio().map_err(Error::system("release the stdio"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;
     owner.dismiss();
     log::stage("container created");
 
     let process = Process { agent: sandbox.agent.clone(), container_id: options.id.clone(), exec_id: String::new() };
-    tokio::select! {
+    let end = tokio::select! {
         exit = attend(process, relay, terminal.as_ref()) => match exit {
             Ok(exit) => {
                 log::stage("container ended");
@@ -173,7 +177,12 @@ async fn run(
             }),
         },
         reason = sandbox.ended() => Err(SandboxError::Gone(reason).into()),
+    };
+    // Engines expect of a container that its execs end before it does, and forget them otherwise.
+    if tokio::time::timeout(PARTING, tunnel.deserted()).await.is_err() {
+        tracing::info!("an exec's output is not read: the container ends without waiting for it");
     }
+    end
 }
 
 /// The relay holds copies of the stdio. The inherited descriptors must not keep a pipe open that the container's process
