@@ -1,6 +1,8 @@
 //! Root file systems, as `images.sh` builds them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 
@@ -14,8 +16,16 @@ pub const DEBIAN: &str = "debian";
 
 /// The tar of an image's root file system, from the cache.
 pub fn tar(name: &str) -> Result<PathBuf> {
+    // The script asks the package manager for versions, which takes its time.
+    static KNOWN: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(path) = known.get(name) {
+        return Ok(path.clone());
+    }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images.sh");
-    Ok(Cmd::new(script).arg(name).ok()?.text().into())
+    let path = PathBuf::from(Cmd::new(script).arg(name).ok()?.text());
+    known.insert(name.to_owned(), path.clone());
+    Ok(path)
 }
 
 /// Unpacks an image into a new folder.

@@ -19,7 +19,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(a_container_reaches_a_server_on_the_bridge_by_ipv6),
         case!(a_server_inside_is_reached_from_the_bridge),
         case!(a_server_inside_is_reached_by_ipv6),
-        case!(a_hundred_megabytes_each_way),
+        case!(a_long_stream_each_way),
         case!(a_published_port_is_reached_from_the_host).tcg(),
         case!(a_published_udp_port_is_reached_from_the_host),
         case!(containers_find_each_other_by_name),
@@ -126,8 +126,8 @@ fn a_server_inside_is_reached_by_ipv6(d: &Docker) -> Result<Outcome> {
     Ok(Outcome::new().see("answer", answer))
 }
 
-fn a_hundred_megabytes_each_way(d: &Docker) -> Result<Outcome> {
-    const COUNT: u64 = 100 << 20;
+fn a_long_stream_each_way(d: &Docker) -> Result<Outcome> {
+    const COUNT: u64 = 40 << 20;
     let listener = TcpListener::bind((HOST4, 0))?;
     let port = listener.local_addr()?.port();
     let server = std::thread::spawn(move || {
