@@ -55,6 +55,7 @@ struct Network {
 
 impl Network {
     async fn configure(&self, request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {
+        set_ipv6("lo", request.loopback_ipv6)?;
         self.set(LinkUnspec::new_with_index(LOOPBACK).up().build(), || "bring lo up".into()).await?;
         self.name_all(&request.interfaces).await?;
         for interface in &request.interfaces {

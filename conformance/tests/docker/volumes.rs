@@ -47,7 +47,8 @@ fn a_change_on_the_host_is_seen_inside(d: &Docker) -> Result<Outcome> {
     container.wait()?;
     let container = d.start_sh(
         &options,
-        "cat /shared/changing; until [ -e /shared/go ]; do sleep 0.1; done; cat /shared/changing",
+        // What a guest knows of a file it may believe for a second.
+        "cat /shared/changing; until [ -e /shared/go ]; do sleep 0.1; done; sleep 1; cat /shared/changing",
     )?;
     container.expect_log("first")?;
     std::fs::write(path, "second, and longer\n")?;

@@ -34,6 +34,8 @@ pub struct Network {
     pub routes: Vec<Route>,
     /// The permanent ones.
     pub neighbours: Vec<Neighbour>,
+    /// Whether the loopback interface has IPv6.
+    pub loopback_ipv6: bool,
 }
 
 /// An Ethernet interface.
@@ -142,6 +144,7 @@ impl From<&Network> for agent::ConfigureNetworkRequest {
             interfaces: network.interfaces.iter().map(Into::into).collect(),
             routes: network.routes.iter().map(Into::into).collect(),
             neighbours: network.neighbours.iter().map(Into::into).collect(),
+            loopback_ipv6: network.loopback_ipv6,
             ..Self::default()
         }
     }

@@ -36,7 +36,7 @@ pub async fn scan() -> Result<Network, NetworkError> {
     // A gateway has to be on the link already when the route through it is made.
     routes.sort_by_key(|route| route.gateway.is_some());
     let neighbours = neighbours(&netlink).await?.iter().filter_map(|message| neighbour(message, &interfaces)).collect();
-    Ok(Network { interfaces, routes, neighbours })
+    Ok(Network { interfaces, routes, neighbours, loopback_ipv6: has_ipv6("lo") })
 }
 
 async fn links(netlink: &Handle) -> Result<Vec<LinkMessage>, NetworkError> {
@@ -73,9 +73,13 @@ fn interface(message: &LinkMessage) -> Option<Interface> {
         }
     }
     let name = name.filter(|name| !port && !name.starts_with(TAP_PREFIX))?;
-    let ipv6 = fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"))
-        .is_ok_and(|disabled| disabled.trim() == "0");
+    let ipv6 = has_ipv6(&name);
     Some(Interface { index: header.index, name, mac: mac?, mtu: mtu?, addresses: Vec::new(), ipv6 })
+}
+
+fn has_ipv6(name: &str) -> bool {
+    fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"))
+        .is_ok_and(|disabled| disabled.trim() == "0")
 }
 
 fn address(message: &AddressMessage, mac: [u8; 6]) -> Option<Prefix> {
