@@ -91,6 +91,20 @@ static void mount_basics(void)
 	mount("cgroup", "/cgroup", "cgroup2", 0, NULL);
 }
 
+// The console appears once the VMM has answered, which may be after init starts.
+static int open_console(void)
+{
+	char events[4096];
+	int console, watch = inotify_init();
+
+	inotify_add_watch(watch, "/dev", IN_CREATE);
+	while ((console = open("/dev/hvc0", O_RDWR)) < 0)
+		if (read(watch, events, sizeof(events)) < 0)
+			reboot(RB_AUTOBOOT);
+	close(watch);
+	return console;
+}
+
 static void check_files(void)
 {
 	EACH(fs, "tmpfs", "overlay", "ext4", "erofs", "fuse", "virtiofs", "cgroup2", "mqueue",
@@ -321,8 +335,7 @@ int main(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &start);
 	mount_basics();
-	int console = open("/dev/hvc0", O_RDWR);
-	dup2(console, STDOUT_FILENO);
+	dup2(open_console(), STDOUT_FILENO);
 	setvbuf(stdout, NULL, _IOLBF, 0);
 
 	check_files();
