@@ -4,7 +4,7 @@
 use std::error::Error;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,10 +32,12 @@ use crate::stdio::ChildEnds;
 /// How long a start waits for its program to be loaded.
 const START_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The agent's folder for its containers. It is not in their view: they leave this root.
+/// libcontainer's folder for containers, and the agent's for their bundles. They are not in a container's view: it leaves
+/// this root.
 const STATE: &str = "/run/runvm/containers";
+const BUNDLES: &str = "/run/runvm/bundles";
 
-/// The files of one container. They are named by a number, so that no identifier is too long for a socket's path.
+/// The files of one container. Ours are named by a number, so that no identifier is too long for a socket's path.
 pub(super) struct Files {
     name: String,
     folder: PathBuf,
@@ -44,9 +46,10 @@ pub(super) struct Files {
 }
 
 impl Files {
-    pub(super) fn create(number: u64) -> io::Result<Self> {
-        let folder = Path::new(STATE).join(format!("bundle-{number}"));
-        let files = Self { name: number.to_string(), folder, running: watch::Sender::new(false) };
+    pub(super) fn create(id: &str, number: u64) -> io::Result<Self> {
+        let folder = Path::new(BUNDLES).join(number.to_string());
+        let files = Self { name: id.to_owned(), folder, running: watch::Sender::new(false) };
+        fs::create_dir_all(STATE)?;
         fs::create_dir_all(&files.folder)?;
         Ok(files)
     }
@@ -136,7 +139,9 @@ pub(super) async fn create(
 /// signals sooner than a further step of ours would.
 pub(super) async fn start(files: &Files) -> io::Result<()> {
     let mut running = files.running.subscribe();
-    let notified = UnixStream::connect(files.state().join("notify.sock")).await?;
+    // A socket's path is short, an identifier need not be.
+    let state = fs::File::open(files.state())?;
+    let notified = UnixStream::connect(format!("/proc/self/fd/{}/notify.sock", state.as_raw_fd())).await?;
     notified.writable().await?;
     notified.try_write(b"start")?;
     // The word is read to its end.

@@ -114,7 +114,7 @@ impl Containers {
         let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
         let streams = Streams::take(&self.held, &request.stdio).await?;
         set_net_sysctls(&net_sysctls)?;
-        let files = Files::create(number).map_err(RequestError::system("make the container's folder"))?;
+        let files = Files::create(id, number).map_err(RequestError::system("make the container's folder"))?;
         let first = self.first_process(&files, &spec, &request.stdio, streams).await;
         let made = first.and_then(|init| Container::around(init, &spec, &cgroup, files));
         if made.is_err() {
