@@ -144,7 +144,9 @@ async fn run(
         None => Descriptors::inherited(bundle.terminal()),
     };
     let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
-    let (relay, stdio) = Relay::open(&sandbox.agent, &options.id, descriptors, false).await?;
+    // Not the ID, which may be longer than a key.
+    let key = format!("init-{}", log::monotonic_us());
+    let (relay, stdio) = Relay::open(&sandbox.agent, &key, descriptors, false).await?;
     let spec =
         serde_json::to_vec(&guest.spec).map_err(|error| Error::system("write the guest's specification")(error))?;
     sandbox
