@@ -46,7 +46,9 @@ impl Hand {
     /// A handle for one run of a case.
     pub fn open(workshop: &Arc<Workshop>, runtime: Runtime) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("case-").tempdir_in(&workshop.folder)?;
-        Ok(Self { workshop: Arc::clone(workshop), runtime, folder, tag: format!("rvm-hand-{}-", next_number()) })
+        // Unlike those of any other run on this machine.
+        let tag = format!("{}-{}-", workshop.cgroup.trim_start_matches('/'), next_number());
+        Ok(Self { workshop: Arc::clone(workshop), runtime, folder, tag })
     }
 
     /// The runtime under test.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::Cmd;
-use crate::enclosure::{Enclosure, PREFIX, cgroup_hierarchies};
+use crate::enclosure::{Enclosure, cgroup_hierarchies};
 
 /// How long what is ending may take to be gone.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -150,7 +150,8 @@ fn links() -> Result<Vec<String>> {
 }
 
 /// Cgroups below the one that all containers of this run get as their parent, and those
-/// elsewhere that carry the ID of one. Others on the machine are none of our business.
+/// elsewhere that carry its name, as the IDs of this run do. Others on the machine are none
+/// of our business.
 fn cgroups() -> Result<Vec<String>> {
     let parent = Enclosure::around().map(|enclosure| enclosure.cgroup()[1..].to_owned()).unwrap_or_default();
     let mut found = Vec::new();
@@ -159,10 +160,8 @@ fn cgroups() -> Result<Vec<String>> {
         while let Some(group) = todo.pop() {
             todo.extend(folders(&group));
             let Ok(inside) = group.strip_prefix(&hierarchy) else { continue };
-            let depth = inside.components().count();
             let inside = inside.to_string_lossy();
-            let ours = inside.starts_with(&parent) && depth > 1;
-            if ours || (inside.contains("rvm-hand-") && !inside.contains(PREFIX)) {
+            if inside.contains(&parent) && inside != parent {
                 found.push(format!("cgroup {}", group.display()));
             }
         }

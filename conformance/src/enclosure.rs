@@ -166,7 +166,7 @@ fn fresh_work_folder() -> Result<PathBuf> {
 }
 
 /// What the names of work folders and of cgroups begin with.
-pub const PREFIX: &str = "rvm-conformance-";
+const PREFIX: &str = "rvm-conformance-";
 
 /// Removes what runs left that were killed together with their outer process.
 fn sweep(base: &Path) {

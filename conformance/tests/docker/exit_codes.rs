@@ -51,7 +51,9 @@ fn killed_by_sigkill_is_137(d: &Docker) -> Result<Outcome> {
 
 fn killed_by_sigterm_is_143(d: &Docker) -> Result<Outcome> {
     // With an init, so that the signal meets a process with its default handling.
-    let container = d.start("--init", &["sleep", "1000"])?;
+    // The init is deaf until it has begun, and a kernel keeps no signal for such a one.
+    let container = d.start_sh("--init", "echo ready; exec sleep 1000")?;
+    container.expect_log("ready")?;
     container.docker("kill --signal TERM").ok()?;
     let code = container.wait()?;
     expect_equal("exit code", code, 143)?;

@@ -61,17 +61,22 @@ fn exec_of_a_process_file(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle_with(SLEEP, |_| {})?;
     bundle.start()?;
     let process = json!({
-        "args": ["sh", "-c", "echo $FROM; pwd; id -u; ulimit -n; grep CapEff /proc/self/status | tr '\t' ' '"],
+        "args": ["sh", "-c", "echo $FROM; pwd; id -u; grep core /proc/self/limits | tr -s ' '; grep CapEff /proc/self/status | tr '\t' ' '"],
         "cwd": "/etc",
         "env": ["FROM=a file", "PATH=/bin"],
         "user": { "uid": 1000, "gid": 1000 },
-        "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 111, "hard": 222 }],
+        "rlimits": [{ "type": "RLIMIT_CORE", "soft": 111, "hard": 222 }],
         "capabilities": { "bounding": ["CAP_KILL"] },
     });
     let file = h.folder().join("process.json");
     std::fs::write(&file, process.to_string())?;
     let output = bundle.call(&format!("exec --process {}", file.display())).run()?;
-    ensure!(output.stdout.starts_with("a file\n/etc\n1000\n111\n"), "{}{}", output.stdout, output.stderr);
+    ensure!(
+        output.stdout.starts_with("a file\n/etc\n1000\nMax core file size 111 222 bytes"),
+        "{}{}",
+        output.stdout,
+        output.stderr
+    );
     Ok(Outcome::new().see_output("exec", &output))
 }
 
