@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use conformance::command::eventually;
 use conformance::docker::Docker;
 use conformance::suite::expect_equal;
@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(attach_joins_the_output),
         case!(several_run_at_once),
         case!(remove_by_force_while_running),
+        case!(killed_from_the_host),
     ]
 }
 
@@ -159,4 +160,15 @@ fn remove_by_force_while_running(d: &Docker) -> Result<Outcome> {
     let removed = container.docker("container rm --force").run()?;
     expect_equal("exit code", removed.code, 0)?;
     Ok(Outcome::new().see("removed", removed.code).see("gone", container.docker("inspect").run()?.code))
+}
+
+fn killed_from_the_host(d: &Docker) -> Result<Outcome> {
+    let container = d.start("", &["sleep", "1000"])?;
+    let pid: i32 = container.inspect("{{.State.Pid}}")?.parse()?;
+    let pid = rustix::process::Pid::from_raw(pid).context("a running container has a PID")?;
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    let code = container.wait()?;
+    expect_equal("exit code", code, 137)?;
+    let again = container.docker("start").run()?;
+    Ok(Outcome::new().see("code", code).see_output("start again", &again))
 }

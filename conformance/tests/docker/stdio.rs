@@ -18,7 +18,9 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(detached_output_is_in_the_log),
         case!(stdin_is_empty_without_interactive),
         case!(stdin_from_a_pipe_reaches_its_end).tcg(),
+        case!(what_goes_in_comes_out),
         case!(a_reader_that_stops_early_ends_the_writer),
+        case!(a_client_that_does_not_read_hinders_nobody),
         case!(terminal_has_the_size_of_ours),
         case!(terminal_follows_a_resize),
         case!(terminal_interrupts_with_control_c),
@@ -52,6 +54,28 @@ fn stdin_from_a_pipe_reaches_its_end(d: &Docker) -> Result<Outcome> {
     let output = d.sh("-i", "cat >/tmp/all; wc -c </tmp/all; sha256sum </tmp/all").input(megabytes).run()?;
     ensure!(output.stdout.starts_with("3000001\n"), "lost bytes: {}", output.stdout);
     Ok(Outcome::new().see_output("run", &output))
+}
+
+fn what_goes_in_comes_out(d: &Docker) -> Result<Outcome> {
+    // Far more than any buffer on the way holds: both directions have to move at once.
+    let text = "0123456789abcde\n".repeat(1 << 20);
+    let output = d.run("-i --log-driver none", &["cat"]).input(text.as_str()).run()?;
+    ensure!(output.stdout == text, "{} of {} bytes came back, or others", output.stdout.len(), text.len());
+    Ok(Outcome::new().see("exit", output.code).see("stderr", output.stderr))
+}
+
+fn a_client_that_does_not_read_hinders_nobody(d: &Docker) -> Result<Outcome> {
+    let container = d.start("", &["sleep", "1000"])?;
+    let mut deaf = container.exec("", &["yes"]).into_command();
+    let mut deaf = deaf.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
+    // Time enough to fill every buffer on the way.
+    std::thread::sleep(Duration::from_secs(2));
+    let output = container.exec("-i", &["wc", "-c"]).input(vec![b'x'; 1_000_000]).run();
+    deaf.kill()?;
+    deaf.wait()?;
+    let output = output?;
+    expect_equal("bytes", output.text(), "1000000")?;
+    Ok(Outcome::new().see_output("exec", &output))
 }
 
 fn a_reader_that_stops_early_ends_the_writer(d: &Docker) -> Result<Outcome> {
