@@ -55,6 +55,8 @@ build() {
     say "$image: configuring"
     configure "$image" "$work" "$log"
     compile "$image" "$work" "$log"
+    [[ $cached == *-$(input_hash "$image" "$version") ]] ||
+        die "$image: its inputs changed while it was built, run this again"
 
     mkdir "$work/result"
     perl "$here/pack-elf.pl" "$work/build/vmlinux" "$work/result/vmlinux"
@@ -163,4 +165,4 @@ die() {
 
 # shellcheck source=kernel/apt.sh
 source "$here/apt.sh"
-main "$@"
+main "$@"; exit # nothing more is read: the file may change while it runs

@@ -14,8 +14,8 @@ use constant {
     PAGE    => 4096,
     PT_LOAD => 1,
     PT_NOTE => 4,
-    # A gap shorter than this is cheaper to store than to describe.
-    MIN_GAP => 16 * 4096,
+    # A shorter gap is not worth a segment of its own.
+    MIN_GAP => 2 * 4096,
 };
 my $EHDR = 'a16 S< S< L< Q< Q< Q< L< S< S< S< S< S< S<';
 my $PHDR = 'L< L< Q< Q< Q< Q< Q< Q<';
