@@ -127,7 +127,7 @@ fn a_server_inside_is_reached_by_ipv6(d: &Docker) -> Result<Outcome> {
 }
 
 fn a_long_stream_each_way(d: &Docker) -> Result<Outcome> {
-    const COUNT: u64 = 40 << 20;
+    const COUNT: u64 = 8 << 20;
     let listener = TcpListener::bind((HOST4, 0))?;
     let port = listener.local_addr()?.port();
     let server = std::thread::spawn(move || {
