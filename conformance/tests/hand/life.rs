@@ -153,11 +153,11 @@ fn delete_of_nothing(h: &Hand) -> Result<Outcome> {
 fn list_shows_containers(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle("sleep 1000")?;
     bundle.start()?;
-    let quiet = h.call("list --quiet").ok()?;
+    let quiet = h.list("--quiet")?;
     ensure!(quiet.stdout.lines().any(|id| id == bundle.id), "not listed: {}", quiet.stdout);
-    let table = h.call("list").ok()?;
+    let table = h.list("")?;
     let line = table.stdout.lines().find(|line| line.starts_with(&bundle.id)).unwrap_or_default();
-    let json = h.call("list --format json").ok()?;
+    let json = h.list("--format json")?;
     let json: Vec<serde_json::Value> = serde_json::from_str(&json.stdout)?;
     let entry = json.iter().find(|entry| entry["id"].as_str() == Some(&bundle.id)).cloned().unwrap_or_default();
     Ok(Outcome::new()
