@@ -97,8 +97,10 @@ fn enter_network(namespace: &NetworkNamespace) -> Result<()> {
     let entered = match namespace {
         NetworkNamespace::New => single_threaded(async { Ok(namespace::create().await) })?,
         NetworkNamespace::Existing(path) => namespace::enter(path),
-        // The bundle's check refuses it.
-        NetworkNamespace::Host => Ok(()),
+        // The bundle's check refuses it first; nothing of ours may ever touch the host's own interfaces.
+        NetworkNamespace::Host => {
+            return Err(Error::Usage("a container in a VM cannot use the host's network".to_owned()));
+        }
     };
     Ok(entered.map_err(SandboxError::from)?)
 }

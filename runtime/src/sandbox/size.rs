@@ -13,7 +13,7 @@ const MIB: u64 = 1 << 20;
 const GUEST_OVERHEAD: u64 = 128 * MIB;
 /// Without a limit.
 const DEFAULT_MEMORY: u64 = 2048 * MIB;
-/// The kernel's `CONFIG_NR_CPUS`.
+/// More make a start slower, and few containers faster.
 const MAX_VCPUS: u32 = 8;
 
 /// A VM's size.
