@@ -1,0 +1,171 @@
+//! The transport and the worker, driven through registers as a guest drives them.
+
+use std::sync::Arc;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use super::driver::{Driver, Piece};
+use super::transport::Transport;
+use super::*;
+
+const QUEUE_SIZE: u16 = 16;
+const FEATURE: u64 = 1 << 3;
+
+/// Writes back what it reads, inverted.
+#[derive(Default)]
+struct Inverter;
+
+impl Device for Inverter {
+    fn kind(&self) -> Kind {
+        Kind::Entropy
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        FEATURE
+    }
+
+    fn config(&self) -> ConfigSpace {
+        ConfigSpace::new(vec![1, 2, 3, 4])
+    }
+
+    fn queue_ready(&mut self, io: &mut Io, queue: usize) -> Result<(), DeviceError> {
+        let memory = io.memory.clone();
+        io.queues[queue].drain(&memory, |chain| {
+            let mut reader = chain.clone().reader(&memory).unwrap();
+            let mut writer = chain.writer(&memory).unwrap();
+            while let Ok(byte) = reader.read_obj::<u8>() {
+                writer.write_obj(!byte).unwrap();
+            }
+            Ok(Served::Done(writer.bytes_written() as u32))
+        })
+    }
+}
+
+fn transport(memory: &Memory) -> Transport {
+    Transport::new(Box::new(Inverter), memory.clone(), Arc::new(|| Ok(()))).unwrap()
+}
+
+fn read(transport: &mut Transport, offset: u64) -> u32 {
+    let mut bytes = [0; 4];
+    transport.read(offset, &mut bytes);
+    u32::from_le_bytes(bytes)
+}
+
+fn write(transport: &mut Transport, offset: u64, value: u32) {
+    transport.write(offset, &value.to_le_bytes());
+}
+
+/// What Linux does to start a device, with the queue where [`Driver`] has it.
+fn start(transport: &mut Transport) {
+    for status in [0, 1, 3] {
+        write(transport, 0x70, status);
+    }
+    for (select, features) in [(0, FEATURE as u32), (1, 1)] {
+        write(transport, 0x24, select);
+        write(transport, 0x20, features);
+    }
+    write(transport, 0x70, 11);
+    assert_eq!(read(transport, 0x70), 11);
+    write(transport, 0x30, 0);
+    assert_eq!(read(transport, 0x34), u32::from(QUEUE_SIZE));
+    for (offset, value) in [(0x38, QUEUE_SIZE.into()), (0x80, 0), (0x90, 0x8000), (0xa0, 0xc000), (0x44, 1)] {
+        write(transport, offset, value);
+    }
+    write(transport, 0x70, 15);
+}
+
+fn await_interrupt(transport: &Transport) {
+    let line = transport.interrupt().line();
+    poll(&mut [PollFd::new(line, PollFlags::IN)], None).unwrap();
+    line.clear();
+}
+
+#[test]
+fn a_device_is_found_started_served_and_reset() {
+    let mut driver = Driver::new(&Inverter);
+    let mut transport = transport(&driver.io.memory);
+    assert_eq!(read(&mut transport, 0), u32::from_le_bytes(*b"virt"));
+    assert_eq!((read(&mut transport, 4), read(&mut transport, 8)), (2, 4));
+    start(&mut transport);
+    for round in 0..40u8 {
+        let request = driver.put(0, &[Piece::Readable(&[round]), Piece::Writable(1)]);
+        write(&mut transport, 0x50, 0);
+        await_interrupt(&transport);
+        assert_eq!(read(&mut transport, 0x60), 1);
+        write(&mut transport, 0x64, 1);
+        assert_eq!(read(&mut transport, 0x60), 0);
+        assert_eq!(driver.used(0), Some((request.head, 1)));
+        assert_eq!(driver.written(&request), [!round]);
+    }
+    write(&mut transport, 0x70, 0);
+    assert_eq!((read(&mut transport, 0x70), read(&mut transport, 0x44)), (0, 0));
+}
+
+#[test]
+fn features_that_were_not_offered_are_not_taken() {
+    let driver = Driver::new(&Inverter);
+    let mut transport = transport(&driver.io.memory);
+    for (low, high) in [(1 << 9, 1), (0, 0), (0, 3)] {
+        for status in [0, 1, 3] {
+            write(&mut transport, 0x70, status);
+        }
+        for (select, features) in [(0, low), (1, high)] {
+            write(&mut transport, 0x24, select);
+            write(&mut transport, 0x20, features);
+        }
+        write(&mut transport, 0x70, 11);
+        assert_eq!(read(&mut transport, 0x70), 3, "{low:x} {high:x}");
+        write(&mut transport, 0x70, 15);
+        assert_eq!(read(&mut transport, 0x70) & 4, 0, "it must not start");
+    }
+}
+
+#[test]
+fn a_saved_device_goes_on_in_another_one() {
+    let mut driver = Driver::new(&Inverter);
+    let mut first = transport(&driver.io.memory);
+    start(&mut first);
+    first.rest();
+    let before = driver.put(0, &[Piece::Readable(b"x"), Piece::Writable(1)]);
+    let saved = first.save().unwrap();
+    drop(first);
+
+    let mut second = transport(&driver.io.memory);
+    second.restore(saved.clone()).unwrap();
+    second.go_on();
+    await_interrupt(&second);
+    assert_eq!(driver.used(0), Some((before.head, 1)));
+    assert_eq!(driver.written(&before), [!b'x']);
+
+    let text = serde_json::to_string(&saved).unwrap();
+    for (sound, damaged) in [
+        (r#""kind":4"#, r#""kind":5"#),
+        (r#""max_size":16"#, r#""max_size":32"#),
+        (r#""desc_table":0"#, r#""desc_table":7"#),
+        (r#""device":[]"#, r#""device":[1]"#),
+        (r#""config":[1,2,3,4]"#, r#""config":[]"#),
+        (r#""driver_features":4294967304"#, r#""driver_features":4294967295"#),
+    ] {
+        assert!(text.contains(sound), "{text}");
+        let damaged = serde_json::from_str(&text.replace(sound, damaged)).unwrap();
+        assert!(transport(&driver.io.memory).restore(damaged).is_err(), "{sound}");
+    }
+}
+
+#[test]
+fn a_malformed_queue_stops_its_device_alone() {
+    let mut driver = Driver::new(&Inverter);
+    let mut transport = transport(&driver.io.memory);
+    start(&mut transport);
+    // More available than the queue can hold.
+    (0..2 * QUEUE_SIZE).for_each(|_| driver.offer(0, 0));
+    write(&mut transport, 0x50, 0);
+    await_interrupt(&transport);
+    assert_eq!(read(&mut transport, 0x70) & 64, 64);
+    write(&mut transport, 0x70, 0);
+    assert_eq!(read(&mut transport, 0x70), 0);
+}

@@ -1,0 +1,361 @@
+//! Virtio over MMIO: the registers that a guest's driver sees. Register numbers and rules are those of the
+//! specification's section 4.2.
+
+use std::io;
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueState, QueueT as _};
+
+use super::worker::{Confinement, Worker};
+use super::{ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Poller, VirtQueue};
+use crate::{Event, Memory};
+
+/// How much of the guest's address space a device's registers take.
+pub const SIZE: u64 = 0x1000;
+/// Where a driver writes the number of a queue that it has filled.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// "virt", little endian.
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// "RNVM".
+const VENDOR: u32 = 0x4d56_4e52;
+const CONFIG: u64 = 0x100;
+
+const TRANSPORT_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A device that cannot be offered to a guest.
+#[derive(Debug, Error)]
+pub enum TransportError {
+    /// No thread, no descriptor.
+    #[error("cannot set up the device {0:?}")]
+    Setup(Kind, #[source] io::Error),
+    /// A queue's size is not one.
+    #[error("the device {0:?} has a queue of an impossible size")]
+    QueueSize(Kind),
+    /// The device refuses the state, or cannot give its own.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// What was saved is not of this device.
+    #[error("the saved state of the device {0:?} is damaged: {1}")]
+    State(Kind, &'static str),
+}
+
+/// A device as the guest sees it.
+pub struct Transport {
+    kind: Kind,
+    offered: u64,
+    worker: Worker,
+    config: ConfigSpace,
+    memory: Memory,
+    interrupt: Interrupt,
+    kicks: Vec<Event>,
+    registers: Registers,
+    /// The queues, while no driver has them served.
+    queues: Vec<Queue>,
+}
+
+/// What the driver has written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+struct Registers {
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+}
+
+/// A device at rest, ready to be written to a file. Nothing in it is believed when it comes back.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct SavedTransport {
+    kind: u32,
+    registers: Registers,
+    reasons: u32,
+    queues: Vec<SavedQueue>,
+    config: Vec<u8>,
+    device: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+struct SavedQueue(#[serde(with = "QueueStateFields")] QueueState);
+
+/// The fields of [`QueueState`], which knows nothing of serde.
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(remote = "QueueState")]
+struct QueueStateFields {
+    max_size: u16,
+    next_avail: u16,
+    next_used: u16,
+    event_idx_enabled: bool,
+    size: u16,
+    ready: bool,
+    desc_table: u64,
+    avail_ring: u64,
+    used_ring: u64,
+}
+
+impl Transport {
+    /// Offers a device, whose thread is `confinement`'s first.
+    ///
+    /// # Errors
+    /// [`TransportError`].
+    pub fn new(device: Box<dyn Device>, memory: Memory, confinement: Confinement) -> Result<Self, TransportError> {
+        let kind = device.kind();
+        let setup = |error| TransportError::Setup(kind, error);
+        let queues = device.queue_sizes().iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>();
+        let queues = queues.map_err(|_| TransportError::QueueSize(kind))?;
+        let kicks = queues.iter().map(|_| Event::new()).collect::<io::Result<Vec<_>>>().map_err(setup)?;
+        let (config, offered) = (device.config(), device.features() | TRANSPORT_FEATURES);
+        let interrupt = Interrupt::new().map_err(setup)?;
+        let worker = Worker::spawn(device, confinement).map_err(setup)?;
+        Ok(Self { kind, offered, worker, config, memory, interrupt, kicks, registers: Registers::default(), queues })
+    }
+
+    /// The device's kind.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The line that KVM makes interrupts of.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
+    /// For each queue what KVM writes when the queue's number is written to [`QUEUE_NOTIFY`].
+    pub fn kicks(&self) -> &[Event] {
+        &self.kicks
+    }
+
+    /// The driver reads.
+    pub fn read(&mut self, offset: u64, into: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.config.read(offset, into);
+        } else if let Ok(into) = <&mut [u8; 4]>::try_from(into) {
+            *into = self.register(offset).to_le_bytes();
+        }
+    }
+
+    /// The driver writes. What it may not write changes nothing.
+    pub fn write(&mut self, offset: u64, from: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.config.write(offset, from);
+        } else if let Ok(bytes) = <[u8; 4]>::try_from(from) {
+            self.set_register(offset, u32::from_le_bytes(bytes));
+        }
+    }
+
+    fn register(&self, offset: u64) -> u32 {
+        match offset {
+            0x000 => MAGIC,
+            0x004 => VERSION,
+            0x008 => self.kind as u32,
+            0x00c => VENDOR,
+            0x010 => match self.registers.device_features_select {
+                0 => self.offered as u32,
+                1 => (self.offered >> 32) as u32,
+                _ => 0,
+            },
+            0x034 => self.selected().map_or(0, |queue| u32::from(queue.max_size())),
+            0x044 => self.selected().map_or(0, |queue| u32::from(queue.ready())),
+            0x060 => self.interrupt.reasons(),
+            0x070 => self.status(),
+            0x0fc => self.config.generation(),
+            _ => 0,
+        }
+    }
+
+    fn set_register(&mut self, offset: u64, value: u32) {
+        let (low, high) = (Some(value), Some(value));
+        match offset {
+            0x014 => self.registers.device_features_select = value,
+            0x020 => self.set_driver_features(value),
+            0x024 => self.registers.driver_features_select = value,
+            0x030 => self.registers.queue_select = value,
+            0x038 => self.configure(|queue| queue.set_size(u16::try_from(value).unwrap_or(0))),
+            0x044 => self.configure(|queue| queue.set_ready(value == 1)),
+            0x064 => self.interrupt.acknowledge(value),
+            0x070 => self.set_status(value),
+            0x080 => self.configure(|queue| queue.set_desc_table_address(low, None)),
+            0x084 => self.configure(|queue| queue.set_desc_table_address(None, high)),
+            0x090 => self.configure(|queue| queue.set_avail_ring_address(low, None)),
+            0x094 => self.configure(|queue| queue.set_avail_ring_address(None, high)),
+            0x0a0 => self.configure(|queue| queue.set_used_ring_address(low, None)),
+            0x0a4 => self.configure(|queue| queue.set_used_ring_address(None, high)),
+            // Where KVM does not take the notification itself.
+            QUEUE_NOTIFY => {
+                if let Some(kick) = self.kicks.get(value as usize) {
+                    kick.raise();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn status(&self) -> u32 {
+        let failed = if self.worker.failed() { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 };
+        self.registers.status | failed
+    }
+
+    fn set_driver_features(&mut self, value: u32) {
+        if self.registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
+            return;
+        }
+        let shift = match self.registers.driver_features_select {
+            0 => 0,
+            1 => 32,
+            _ => return,
+        };
+        self.registers.driver_features &= !(u64::from(u32::MAX) << shift);
+        self.registers.driver_features |= u64::from(value) << shift;
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        let old = self.registers.status;
+        let known = VIRTIO_CONFIG_S_ACKNOWLEDGE
+            | VIRTIO_CONFIG_S_DRIVER
+            | VIRTIO_CONFIG_S_FEATURES_OK
+            | VIRTIO_CONFIG_S_DRIVER_OK;
+        let mut new = old | value & known;
+        let features = self.registers.driver_features;
+        if new & !old & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.acceptable(features) {
+            new &= !VIRTIO_CONFIG_S_FEATURES_OK;
+        }
+        let starts = new & !old & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        if starts && new & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
+            return;
+        }
+        self.registers.status = new;
+        if starts {
+            let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+            self.queues.iter_mut().for_each(|queue| queue.set_event_idx(event_idx));
+            self.begin();
+        }
+    }
+
+    fn acceptable(&self, features: u64) -> bool {
+        features & !self.offered == 0 && features & 1 << VIRTIO_F_VERSION_1 != 0
+    }
+
+    fn reset(&mut self) {
+        self.rest();
+        self.worker.device().reset();
+        self.registers = Registers::default();
+        self.interrupt.restore(0);
+        self.queues.iter_mut().for_each(Queue::reset);
+    }
+
+    fn selected(&self) -> Option<&Queue> {
+        self.queues.get(self.registers.queue_select as usize)
+    }
+
+    /// Changes a queue, which the driver may do until it has started the device.
+    fn configure(&mut self, change: impl FnOnce(&mut Queue)) {
+        let started = self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        if let Some(queue) = self.queues.get_mut(self.registers.queue_select as usize)
+            && !started
+        {
+            change(queue);
+        }
+    }
+
+    /// Lets the device's thread rest: before a snapshot. Nothing happens to a device that no driver has started.
+    pub fn rest(&mut self) {
+        if let Some(io) = self.worker.halt() {
+            self.queues = io.queues.into_iter().map(VirtQueue::into_queue).collect();
+        }
+    }
+
+    /// Goes on after [`Transport::rest`] or [`Transport::restore`], if a driver has started the device.
+    pub fn go_on(&mut self) {
+        if self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && !self.queues.is_empty() {
+            self.begin();
+        }
+    }
+
+    fn begin(&mut self) {
+        match self.io() {
+            Ok(io) => self.worker.serve(io),
+            Err(error) => tracing::warn!("the guest's device {:?} does not start: {error}", self.kind),
+        }
+    }
+
+    fn io(&mut self) -> io::Result<Io> {
+        let poller = Poller::new()?;
+        let kicks = self.kicks.iter().map(Event::try_clone).collect::<io::Result<Vec<_>>>()?;
+        let memory = self.memory.clone();
+        for queue in &mut self.queues {
+            // One that lies outside the memory is as good as none; later accesses are checked one by one.
+            if !queue.is_valid(&*memory) {
+                queue.set_ready(false);
+            }
+        }
+        let queues = std::mem::take(&mut self.queues).into_iter().zip(kicks).enumerate();
+        let queues =
+            queues.map(|(index, (queue, kick))| VirtQueue::new(index, queue, kick, self.interrupt.clone())).collect();
+        Ok(Io { memory, queues, features: self.registers.driver_features, poller })
+    }
+
+    /// The device at rest: call [`Transport::rest`] first.
+    ///
+    /// # Errors
+    /// Where the device cannot be saved.
+    pub fn save(&self) -> Result<SavedTransport, TransportError> {
+        Ok(SavedTransport {
+            kind: self.kind as u32,
+            registers: self.registers,
+            reasons: self.interrupt.reasons(),
+            queues: self.queues.iter().map(|queue| SavedQueue(queue.state())).collect(),
+            config: self.config.bytes(),
+            device: self.worker.device().save()?,
+        })
+    }
+
+    /// Takes over from a saved device of the same make. [`Transport::go_on`] lets it run.
+    ///
+    /// # Errors
+    /// Where what was saved is not of such a device.
+    pub fn restore(&mut self, saved: SavedTransport) -> Result<(), TransportError> {
+        let damaged = |what| TransportError::State(self.kind, what);
+        if saved.kind != self.kind as u32 {
+            return Err(damaged("it is of another kind"));
+        }
+        let registers = saved.registers;
+        if registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.acceptable(registers.driver_features) {
+            return Err(damaged("its features are not offered"));
+        }
+        if saved.queues.len() != self.queues.len() {
+            return Err(damaged("it has another number of queues"));
+        }
+        let mut queues = Vec::new();
+        for (SavedQueue(state), offered) in saved.queues.into_iter().zip(&self.queues) {
+            if state.max_size != offered.max_size() {
+                return Err(damaged("a queue has another size"));
+            }
+            queues.push(Queue::try_from(state).map_err(|_| damaged("a queue is impossible"))?);
+        }
+        if saved.config.len() != self.config.bytes().len() {
+            return Err(damaged("its configuration has another length"));
+        }
+        self.worker.device().restore(&saved.device)?;
+        self.registers = registers;
+        self.queues = queues;
+        self.interrupt.restore(saved.reasons);
+        Ok(())
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        self.rest();
+    }
+}

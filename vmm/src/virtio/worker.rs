@@ -1,0 +1,149 @@
+//! The thread that serves a device.
+//!
+//! It is started with the device, before the guest runs, so that it can be confined before it sees anything of the
+//! guest's, and it lasts as long as the device: between the driver's reset and its next start it waits.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use rustix::event::epoll::EventFlags;
+
+use super::poller::RESERVED;
+use super::{Device, DeviceError, Io};
+use crate::Event;
+
+const STOP: u64 = RESERVED;
+const FIRST_KICK: u64 = RESERVED + 1;
+
+/// What a thread does to itself before it serves anything.
+pub type Confinement = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// A device and its thread.
+pub struct Worker {
+    device: Arc<Mutex<Box<dyn Device>>>,
+    stop: Event,
+    failed: Arc<AtomicBool>,
+    orders: Option<Sender<Io>>,
+    ended: Receiver<Io>,
+    serving: bool,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts the thread, which waits.
+    ///
+    /// # Errors
+    /// Where there can be no thread, or it cannot be confined.
+    pub fn spawn(device: Box<dyn Device>, confinement: Confinement) -> io::Result<Self> {
+        let name = format!("{:?}", device.kind()).to_lowercase();
+        let device = Arc::new(Mutex::new(device));
+        let stop = Event::new()?;
+        let failed = Arc::new(AtomicBool::new(false));
+        let (orders, received) = mpsc::channel::<Io>();
+        let (answers, ended) = mpsc::channel();
+        let (report, confined) = mpsc::channel();
+        let thread = {
+            let (device, failed, stop) = (device.clone(), failed.clone(), stop.try_clone()?);
+            thread::Builder::new().name(name).spawn(move || {
+                let ready = confinement();
+                let go = ready.is_ok();
+                if report.send(ready).is_err() || !go {
+                    return;
+                }
+                while let Ok(mut io) = received.recv() {
+                    let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Err(error) = serve(device.as_mut(), &mut io, &stop) {
+                        fail(device.as_ref(), &io, &failed, &error);
+                    }
+                    drop(device);
+                    if answers.send(io).is_err() {
+                        return;
+                    }
+                }
+            })?
+        };
+        confined.recv().map_err(|_| io::Error::other("a device's thread ended at once"))??;
+        Ok(Self { device, stop, failed, orders: Some(orders), ended, serving: false, thread: Some(thread) })
+    }
+
+    /// Has the device served from now on.
+    pub fn serve(&mut self, io: Io) {
+        self.serving = self.orders.as_ref().is_some_and(|orders| orders.send(io).is_ok());
+    }
+
+    /// Waits until the device is not served any more; what it was served with, if it was.
+    pub fn halt(&mut self) -> Option<Io> {
+        if !std::mem::take(&mut self.serving) {
+            return None;
+        }
+        self.stop.raise();
+        let io = self.ended.recv().ok();
+        self.failed.store(false, Ordering::Release);
+        self.stop.clear();
+        io
+    }
+
+    /// Whether the device gave up.
+    pub fn failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// The device. While it is served this waits for its end: call [`Worker::halt`] first.
+    pub fn device(&self) -> MutexGuard<'_, Box<dyn Device>> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.halt();
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            // A device that panicked took its thread with it, and its guest's driver waits for ever.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event) -> Result<(), DeviceError> {
+    io.poller.add(stop, STOP, EventFlags::IN).map_err(DeviceError::host("wait for the machine"))?;
+    for (token, queue) in (FIRST_KICK..).zip(&io.queues) {
+        io.poller
+            .add(queue.kick_descriptor(), token, EventFlags::IN)
+            .map_err(DeviceError::host("wait for the guest"))?;
+        // What was put into the queue before anybody listened.
+        queue.kick();
+    }
+    device.start(io)?;
+    loop {
+        for ready in io.poller.wait().map_err(DeviceError::host("wait for the guest"))? {
+            if ready.token == STOP {
+                return Ok(());
+            }
+            if ready.token < RESERVED {
+                device.descriptor_ready(io, ready)?;
+                continue;
+            }
+            let Ok(index) = usize::try_from(ready.token - FIRST_KICK) else { continue };
+            if let Some(queue) = io.queues.get(index) {
+                queue.kick_descriptor().clear();
+                if queue.ready() {
+                    device.queue_ready(io, index)?;
+                }
+            }
+        }
+    }
+}
+
+fn fail(device: &dyn Device, io: &Io, failed: &AtomicBool, error: &DeviceError) {
+    let kind = device.kind();
+    let cause = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+    tracing::warn!("the guest's device {kind:?} stops: {error}{cause}");
+    failed.store(true, Ordering::Release);
+    if let Some(queue) = io.queues.first() {
+        queue.interrupt().config_changed();
+    }
+}
