@@ -8,6 +8,7 @@
 //! reach nothing beyond what its devices were given.
 
 mod event;
+pub mod machine;
 pub mod virtio;
 
 pub use event::Event;

@@ -1,6 +1,10 @@
 //! A queue, with its two notifications.
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
+use std::mem;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT as _, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::{DeviceError, Interrupt};
 use crate::{Event, Memory};
@@ -24,12 +28,15 @@ pub struct VirtQueue {
     queue: Queue,
     kick: Event,
     interrupt: Interrupt,
+    /// The used ring's index when the driver was last told, or was found not to want to know.
+    notified: u16,
 }
 
 impl VirtQueue {
     /// A queue that the driver has set up. `kick` is written when the driver has filled it.
     pub fn new(index: usize, queue: Queue, kick: Event, interrupt: Interrupt) -> Self {
-        Self { index, queue, kick, interrupt }
+        let notified = queue.next_used();
+        Self { index, queue, kick, interrupt, notified }
     }
 
     /// Whether the driver uses it.
@@ -105,15 +112,59 @@ impl VirtQueue {
         self.queue.add_used(&**memory, head, written).map_err(self.malformed())
     }
 
+    /// Gives several chains back, each with the number of bytes written into it. The driver sees all of them or none.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`].
+    pub fn push_all(&mut self, memory: &Memory, used: &[(u16, u32)]) -> Result<(), DeviceError> {
+        let Some((&(last, written), others)) = used.split_last() else { return Ok(()) };
+        let mut position = self.queue.next_used();
+        for &(head, written) in others {
+            self.write_used(memory, position, head, written).map_err(self.malformed())?;
+            position = position.wrapping_add(1);
+        }
+        // The last one publishes all of them: the ring's index is written after it, and once.
+        self.queue.set_next_used(position);
+        self.push(memory, last, written)
+    }
+
+    /// Writes an element of the used ring, which the driver does not look at until the ring's index passes it.
+    fn write_used(&self, memory: &Memory, position: u16, head: u16, written: u32) -> Result<(), Error> {
+        if head >= self.queue.size() {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        let offset = 4 + 8 * u64::from(position % self.queue.size());
+        let place = self.queue.used_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
+        let element = u64::from(written) << 32 | u64::from(head);
+        memory.write_obj(element.to_le(), GuestAddress(place)).map_err(Error::GuestMemory)
+    }
+
     /// Tells the driver of what was pushed, if it wants to know.
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
     pub fn notify(&mut self, memory: &Memory) -> Result<(), DeviceError> {
-        if self.queue.needs_notification(&**memory).map_err(self.malformed())? {
+        let used = self.queue.next_used();
+        let notified = mem::replace(&mut self.notified, used);
+        if used != notified && self.notification_wanted(memory, notified, used).map_err(self.malformed())? {
             self.interrupt.queue_used();
         }
         Ok(())
+    }
+
+    /// Whether the driver wants to know that the used ring's index went from `old` to `new`: the specification's
+    /// section 2.7.7.2. [`Queue::needs_notification`] counts the calls of `add_used`, which [`Self::push_all`] makes
+    /// fewer of than it uses chains.
+    fn notification_wanted(&self, memory: &Memory, old: u16, new: u16) -> Result<bool, Error> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // The driver writes what it waits for and then looks at the index; we wrote the index and look at the former.
+        fence(Ordering::SeqCst);
+        let offset = 4 + 2 * u64::from(self.queue.size());
+        let place = self.queue.avail_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
+        let awaited: u16 = memory.load(GuestAddress(place), Ordering::Relaxed).map_err(Error::GuestMemory)?;
+        Ok(new.wrapping_sub(u16::from_le(awaited)).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Asks the driver to tell of new chains, or not; whether there are some already.
@@ -149,7 +200,7 @@ impl VirtQueue {
         self.queue
     }
 
-    fn malformed(&self) -> impl Fn(virtio_queue::Error) -> DeviceError + use<> {
+    fn malformed(&self) -> impl Fn(Error) -> DeviceError + use<> {
         let queue = self.index;
         move |reason| DeviceError::Queue { queue, reason }
     }

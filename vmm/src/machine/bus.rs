@@ -1,0 +1,99 @@
+//! Where a guest's accesses go that no memory answers: the registers of devices, and in debugging a serial port.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial};
+
+use crate::Event;
+use crate::virtio::transport::{SIZE, Transport};
+
+/// Where the first device's registers are; the next follow.
+pub const DEVICES: u64 = 0xd000_0000;
+/// The first device's interrupt. Those below are a PC's own.
+pub const FIRST_INTERRUPT: u32 = 5;
+/// The interrupt controller has 24 pins.
+pub const MAX_DEVICES: usize = 19;
+/// The first serial port: its registers, and its interrupt.
+const SERIAL: u16 = 0x3f8;
+const SERIAL_REGISTERS: u16 = 8;
+/// The serial port's interrupt.
+pub const SERIAL_INTERRUPT: u32 = 4;
+
+/// A serial port that writes to a file.
+pub type Console = Serial<Line, NoEvents, File>;
+
+/// The console's interrupt line.
+#[derive(Debug)]
+pub struct Line(pub Event);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.raise();
+        Ok(())
+    }
+}
+
+/// All that has registers.
+pub struct Bus {
+    devices: Vec<Mutex<Transport>>,
+    console: Option<Mutex<Console>>,
+}
+
+impl Bus {
+    /// A bus with these devices, in the order of their addresses.
+    pub fn new(devices: Vec<Transport>, console: Option<Console>) -> Self {
+        Self { devices: devices.into_iter().map(Mutex::new).collect(), console: console.map(Mutex::new) }
+    }
+
+    /// The devices, in the order of their addresses.
+    pub fn devices(&self) -> impl Iterator<Item = MutexGuard<'_, Transport>> {
+        self.devices.iter().map(|device| device.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The guest reads; what nothing answers is all ones.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((device, offset)) = self.device(address) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        }
+    }
+
+    /// The guest writes.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.device(address) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        }
+    }
+
+    /// The guest reads a port.
+    pub fn read_port(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let ([byte], Some((console, register))) = (data, self.console(port)) {
+            *byte = console.lock().unwrap_or_else(PoisonError::into_inner).read(register);
+        }
+    }
+
+    /// The guest writes to a port.
+    pub fn write_port(&self, port: u16, data: &[u8]) {
+        if let (&[byte], Some((console, register))) = (data, self.console(port)) {
+            // A full disk loses the console, not the guest.
+            let _ = console.lock().unwrap_or_else(PoisonError::into_inner).write(register, byte);
+        }
+    }
+
+    fn device(&self, address: u64) -> Option<(&Mutex<Transport>, u64)> {
+        let offset = address.checked_sub(DEVICES)?;
+        let device = self.devices.get(usize::try_from(offset / SIZE).ok()?)?;
+        Some((device, offset % SIZE))
+    }
+
+    fn console(&self, port: u16) -> Option<(&Mutex<Console>, u8)> {
+        let register = port.checked_sub(SERIAL).filter(|&register| register < SERIAL_REGISTERS)?;
+        Some((self.console.as_ref()?, register as u8))
+    }
+}

@@ -1,0 +1,266 @@
+//! A machine: memory, processors and devices, from its making to its end.
+
+mod bus;
+pub mod memory;
+mod vcpu;
+pub mod x86;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+
+use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
+
+use crate::virtio::Device;
+use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
+use crate::virtio::worker::Confinement;
+use crate::{Event, Memory};
+use bus::{Bus, Console, DEVICES, FIRST_INTERRUPT, Line, MAX_DEVICES, SERIAL_INTERRUPT};
+use memory::MemoryError;
+use vcpu::Vcpus;
+use x86::boot::{BootError, Kernel};
+use x86::state::StateError;
+use x86::{cpuid, registers};
+
+/// What kind of KVM runs a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Flavour {
+    /// Over the processor's VMX or SVM.
+    Ordinary,
+    /// Without either; runs only guest kernels that speak its own interface.
+    Pvm,
+}
+
+/// Three pages that Intel's processors need to run a guest in real mode.
+const TSS: usize = 0xfffb_d000;
+
+/// The parts of a machine.
+pub struct Config {
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// What it is.
+    pub flavour: Flavour,
+    /// Processors, from 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// Memory in bytes, a whole number of MiB.
+    pub memory: u64,
+    /// Whether the host gives memory in large pages where it can.
+    pub huge_pages: bool,
+    /// Devices, at most [`bus::MAX_DEVICES`]; guests find them in this order.
+    pub devices: Vec<Box<dyn Device>>,
+    /// Where a serial port writes to. It costs a start dearly, and is for debugging.
+    pub console: Option<File>,
+    /// What each thread that the guest's doings reach does to itself first.
+    pub confinement: Confinement,
+}
+
+/// As many as a machine's tables have room for.
+pub const MAX_VCPUS: u32 = 32;
+
+/// Why there is no machine.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// KVM refused.
+    #[error("KVM cannot {step}")]
+    Kvm {
+        /// Completes "cannot …".
+        step: &'static str,
+        /// KVM's reason.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// Of another time.
+    #[error("/dev/kvm has version {0} of its interface, not 12")]
+    Version(i32),
+    /// None or too many.
+    #[error("a machine has 1 to {MAX_VCPUS} processors, not {0}")]
+    Vcpus(u32),
+    /// Too many.
+    #[error("a machine has at most {MAX_DEVICES} devices, not {0}")]
+    Devices(usize),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// No kernel.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// No device.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// No state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// No threads, no descriptors.
+    #[error("cannot {step}")]
+    Host {
+        /// Completes "cannot …".
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest switched it off, or restarted it.
+    Shutdown,
+    /// It could not go on; why, as a clause.
+    Failed(String),
+}
+
+/// A machine. It ends when this is dropped.
+pub struct Machine {
+    // Dropped in this order: nothing runs any more when the memory goes.
+    vcpus: Vcpus,
+    bus: Arc<Bus>,
+    ends: Receiver<End>,
+    vm: VmFd,
+    memory: Memory,
+}
+
+impl Machine {
+    /// Makes a machine that is about to enter a kernel. [`Machine::resume`] lets it.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn boot(config: Config, mut kernel: Kernel) -> Result<Self, MachineError> {
+        let memory = memory::anonymous(config.memory, config.huge_pages)?;
+        let vcpu_count = config.vcpus;
+        let (supported, parts) = Parts::make(config, memory)?;
+        kernel.command_line.push_str(&device_parameters(parts.devices.len()));
+        let entry = x86::boot::load(&parts.memory, &mut kernel, vcpu_count)?;
+        for (index, vcpu) in (0..).zip(&parts.vcpus) {
+            let cpuid = cpuid::of(&supported, index, vcpu_count);
+            let cpuid = cpuid.map_err(|_| too_many("describe a processor"))?;
+            vcpu.set_cpuid2(&cpuid).map_err(kvm("describe a processor"))?;
+            registers::set(vcpu, (index == 0).then_some(entry)).map_err(kvm("set a processor's registers"))?;
+        }
+        parts.assemble()
+    }
+
+    /// Lets it run.
+    pub fn resume(&self) {
+        self.bus.devices().for_each(|mut device| device.go_on());
+        self.vcpus.resume();
+    }
+
+    /// Lets it rest: when this returns, neither processors nor devices do anything.
+    pub fn pause(&self) {
+        self.vcpus.pause();
+        self.bus.devices().for_each(|mut device| device.rest());
+    }
+
+    /// Waits for its end.
+    pub fn wait(&self) -> End {
+        self.ends.recv().unwrap_or_else(|_| End::Failed("its processors' threads ended".to_owned()))
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+}
+
+/// What a machine is assembled from, the same for one that boots and one that is restored.
+struct Parts {
+    vm: VmFd,
+    memory: Memory,
+    vcpus: Vec<VcpuFd>,
+    devices: Vec<Transport>,
+    console: Option<Console>,
+    confinement: Confinement,
+}
+
+impl Parts {
+    /// Makes the parts, and tells what KVM says of processors.
+    fn make(config: Config, memory: Memory) -> Result<(kvm_bindings::CpuId, Self), MachineError> {
+        let version = config.kvm.get_api_version();
+        if version != KVM_API_VERSION as i32 {
+            return Err(MachineError::Version(version));
+        }
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(MachineError::Vcpus(config.vcpus));
+        }
+        if config.devices.len() > MAX_DEVICES {
+            return Err(MachineError::Devices(config.devices.len()));
+        }
+        let vm = config.kvm.create_vm().map_err(kvm("make a machine"))?;
+        // Memory is first: with an interrupt controller there, each region would take milliseconds.
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+                flags: 0,
+            };
+            // SAFETY: the region is mapped as long as the memory, which the machine keeps until after its processors' end.
+            unsafe { vm.set_user_memory_region(region) }.map_err(kvm("give a machine memory"))?;
+        }
+        if config.flavour == Flavour::Ordinary {
+            vm.set_tss_address(TSS).map_err(kvm("set aside pages for real mode"))?;
+        }
+        vm.create_irq_chip().map_err(kvm("make an interrupt controller"))?;
+        let supported = config.kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+        let supported = supported.map_err(kvm("say what processors are like"))?;
+        let vcpus = (0..config.vcpus).map(|index| vm.create_vcpu(index.into())).collect::<Result<_, _>>();
+        let vcpus = vcpus.map_err(kvm("make a processor"))?;
+        let mut devices = Vec::new();
+        for (index, device) in config.devices.into_iter().enumerate() {
+            let device = Transport::new(device, memory.clone(), config.confinement.clone())?;
+            connect(&vm, index, &device).map_err(kvm("connect a device"))?;
+            devices.push(device);
+        }
+        let console = config.console.map(|file| console(&vm, file)).transpose()?;
+        Ok((supported, Self { vm, memory, vcpus, devices, console, confinement: config.confinement }))
+    }
+
+    fn assemble(self) -> Result<Machine, MachineError> {
+        let bus = Arc::new(Bus::new(self.devices, self.console));
+        let (sender, ends) = mpsc::channel();
+        let vcpus = Vcpus::spawn(self.vcpus, bus.clone(), &self.confinement, &sender)
+            .map_err(|source| MachineError::Host { step: "start the processors", source })?;
+        Ok(Machine { vcpus, bus, ends, vm: self.vm, memory: self.memory })
+    }
+}
+
+fn connect(vm: &VmFd, index: usize, device: &Transport) -> Result<(), kvm_ioctls::Error> {
+    let registers = DEVICES + index as u64 * SIZE;
+    vm.register_irqfd(device.interrupt().line().for_kvm(), FIRST_INTERRUPT + index as u32)?;
+    for (queue, kick) in (0u32..).zip(device.kicks()) {
+        vm.register_ioevent(kick.for_kvm(), &IoEventAddress::Mmio(registers + QUEUE_NOTIFY), queue)?;
+    }
+    Ok(())
+}
+
+fn console(vm: &VmFd, file: File) -> Result<Console, MachineError> {
+    let line = Event::new().map_err(|source| MachineError::Host { step: "make a console", source })?;
+    vm.register_irqfd(line.for_kvm(), SERIAL_INTERRUPT).map_err(kvm("connect the console"))?;
+    Ok(Console::new(Line(line), file))
+}
+
+/// Tells a kernel where its devices are: Documentation/admin-guide/kernel-parameters.txt, `virtio_mmio.device`.
+fn device_parameters(count: usize) -> String {
+    (0..count)
+        .map(|index| {
+            let registers = DEVICES + index as u64 * SIZE;
+            format!(" virtio_mmio.device={SIZE:#x}@{registers:#x}:{}", FIRST_INTERRUPT + index as u32)
+        })
+        .collect()
+}
+
+fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { step, source }
+}
+
+fn too_many(step: &'static str) -> MachineError {
+    MachineError::Kvm { step, source: kvm_ioctls::Error::new(libc::E2BIG) }
+}

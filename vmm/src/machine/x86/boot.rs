@@ -1,0 +1,164 @@
+//! Putting a kernel into memory and describing the machine to it: Linux's 64-bit boot protocol
+//! (Documentation/arch/x86/boot.rst), with the kernel an uncompressed ELF file.
+
+use std::fs::File;
+use std::io;
+
+use linux_loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::{Elf, KernelLoader as _};
+use thiserror::Error;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
+
+use super::mptable;
+use crate::Memory;
+use crate::machine::memory;
+
+/// The guest-physical addresses of what is written for the kernel, all in the first MiB. The MP table is at 0.
+const GDT: u64 = 0x800;
+const ZERO_PAGE: u64 = 0x7000;
+const PML4: u64 = 0x9000;
+const PDPT: u64 = 0xa000;
+const PAGE_DIRECTORY: u64 = 0xb000;
+const COMMAND_LINE: u64 = 0x2_0000;
+/// The kernel reads no more: COMMAND_LINE_SIZE.
+const MAX_COMMAND_LINE: usize = 2048;
+/// Where a PC's memory ends before the hole for its BIOS.
+const LOW_MEMORY_END: u64 = 0x9_fc00;
+const KERNEL_START: u64 = 0x10_0000;
+
+const E820_RAM: u32 = 1;
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+const LOADER_UNDEFINED: u8 = 0xff;
+const PAGE: u64 = 0x1000;
+
+/// What is booted.
+#[derive(Debug)]
+pub struct Kernel {
+    /// An uncompressed ELF kernel.
+    pub image: File,
+    /// The initial root.
+    pub initramfs: Option<File>,
+    /// The kernel's parameters.
+    pub command_line: String,
+    /// How much of the memory the kernel sees at first, in bytes: what `mem=` says, if it is said.
+    pub visible: u64,
+}
+
+/// A kernel that cannot be put into memory.
+#[derive(Debug, Error)]
+pub enum BootError {
+    /// Not a kernel.
+    #[error("the guest kernel is no ELF image that can be booted: {0}")]
+    Kernel(linux_loader::loader::Error),
+    /// Not readable.
+    #[error("cannot read the initramfs")]
+    Initramfs(#[source] io::Error),
+    /// Too large.
+    #[error("the initramfs of {size} bytes does not fit into {memory} bytes of memory")]
+    TooLarge {
+        /// The archive's size in bytes.
+        size: u64,
+        /// The guest's, at first, in bytes.
+        memory: u64,
+    },
+    /// Too long.
+    #[error("the kernel's command line of {0} bytes is longer than {MAX_COMMAND_LINE}")]
+    CommandLine(usize),
+    /// Too little memory for anything.
+    #[error("the guest's memory is too small to boot in")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// Where a kernel is entered, and with what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The first instruction.
+    pub instruction: u64,
+    /// What RSI holds: the zero page.
+    pub parameters: u64,
+    /// What CR3 holds: page tables that map the first GiB to itself.
+    pub page_tables: u64,
+    /// The segment descriptors: address, and length in bytes.
+    pub gdt: (u64, u16),
+}
+
+/// The segments of the boot protocol: nothing twice, code, data, and a task state.
+pub const SEGMENTS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+
+/// Puts a kernel into memory.
+///
+/// # Errors
+/// [`BootError`].
+pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, BootError> {
+    let loaded = Elf::load(&**memory, None, &mut kernel.image, Some(GuestAddress(KERNEL_START)));
+    let loaded = loaded.map_err(BootError::Kernel)?;
+    let total = memory::size(memory);
+    let visible = kernel.visible.min(total);
+    let initramfs = match &mut kernel.initramfs {
+        Some(archive) => load_initramfs(memory, archive, loaded.kernel_end, visible)?,
+        None => (0, 0),
+    };
+    if kernel.command_line.len() >= MAX_COMMAND_LINE {
+        return Err(BootError::CommandLine(kernel.command_line.len()));
+    }
+    let mut command_line = kernel.command_line.clone().into_bytes();
+    command_line.push(0);
+    memory.write_slice(&command_line, GuestAddress(COMMAND_LINE))?;
+    mptable::write(memory, vcpus)?;
+    memory.write_obj(zero_page(total, initramfs, kernel.command_line.len()), GuestAddress(ZERO_PAGE))?;
+    write_page_tables(memory)?;
+    for (address, segment) in (GDT..).step_by(8).zip(SEGMENTS) {
+        memory.write_obj(segment, GuestAddress(address))?;
+    }
+    Ok(Entry {
+        instruction: loaded.kernel_load.0,
+        parameters: ZERO_PAGE,
+        page_tables: PML4,
+        gdt: (GDT, SEGMENTS.len() as u16 * 8),
+    })
+}
+
+/// Puts the archive at the end of what the kernel sees first; where, and how long it is.
+fn load_initramfs(memory: &Memory, archive: &mut File, kernel_end: u64, visible: u64) -> Result<(u32, u32), BootError> {
+    let size = archive.metadata().map_err(BootError::Initramfs)?.len();
+    let too_large = || BootError::TooLarge { size, memory: visible };
+    let start = visible.min(memory::LOW_END).checked_sub(size).ok_or_else(too_large)? & !(PAGE - 1);
+    if start < kernel_end {
+        return Err(too_large());
+    }
+    let (place, length) = (u32::try_from(start), u32::try_from(size));
+    let (Ok(place), Ok(length)) = (place, length) else { return Err(too_large()) };
+    memory.read_exact_volatile_from(GuestAddress(start), archive, length as usize)?;
+    Ok((place, length))
+}
+
+fn zero_page(memory: u64, initramfs: (u32, u32), command_line: usize) -> boot_params {
+    let mut page = boot_params::default();
+    page.hdr.boot_flag = BOOT_FLAG;
+    page.hdr.header = HEADER_MAGIC;
+    page.hdr.type_of_loader = LOADER_UNDEFINED;
+    page.hdr.cmd_line_ptr = COMMAND_LINE as u32;
+    page.hdr.cmdline_size = command_line as u32;
+    (page.hdr.ramdisk_image, page.hdr.ramdisk_size) = initramfs;
+    let low_end = memory.min(memory::LOW_END);
+    let mut ranges = vec![(0, LOW_MEMORY_END), (KERNEL_START, low_end.saturating_sub(KERNEL_START))];
+    if memory > memory::LOW_END {
+        ranges.push((memory::HIGH_START, memory - memory::LOW_END));
+    }
+    for (entry, &(addr, size)) in page.e820_table.iter_mut().zip(&ranges) {
+        *entry = boot_e820_entry { addr, size, type_: E820_RAM };
+    }
+    page.e820_entries = ranges.len() as u8;
+    page
+}
+
+/// Maps the first GiB to itself in pages of 2 MiB.
+fn write_page_tables(memory: &Memory) -> Result<(), GuestMemoryError> {
+    const TABLE: u64 = 0b11;
+    const LARGE_PAGE: u64 = 0b1000_0011;
+    memory.write_obj(PDPT | TABLE, GuestAddress(PML4))?;
+    memory.write_obj(PAGE_DIRECTORY | TABLE, GuestAddress(PDPT))?;
+    let directory: Vec<u8> = (0..512u64).flat_map(|index| (index << 21 | LARGE_PAGE).to_le_bytes()).collect();
+    memory.write_slice(&directory, GuestAddress(PAGE_DIRECTORY))
+}

@@ -1,0 +1,175 @@
+//! What stands between virtiofsd's server and the file system that it serves.
+//!
+//! The server hands a guest's numbers on as they are, and its file input and output panics at an offset that is no
+//! `off64_t`. The server cannot be looked after from before it, since the guest may change a request after it was looked
+//! at; from behind it can. This is also where it is seen whether there is a session, and with which options.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use virtiofsd::filesystem::{
+    Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SerializableFileSystem, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+};
+use virtiofsd::fuse::{Attr, SetattrIn};
+
+/// What the guest's kernel said it can do when it began a session; none while there is no session.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Session(Arc<Mutex<Option<FsOptions>>>);
+
+impl Session {
+    pub(super) fn capable(&self) -> Option<FsOptions> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, capable: Option<FsOptions>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = capable;
+    }
+}
+
+/// A file system that is asked nothing that it would panic at.
+pub(super) struct Guard<F> {
+    inner: F,
+    session: Session,
+}
+
+impl<F> Guard<F> {
+    pub(super) fn new(inner: F, session: Session) -> Self {
+        Self { inner, session }
+    }
+}
+
+/// What the guest calls an offset, if files have such offsets.
+fn check(offset: u64) -> io::Result<()> {
+    i64::try_from(offset).map(drop).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+/// Methods that do what the inner file system does.
+macro_rules! forward {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*) -> $result:ty;)*) => {
+        $(fn $name(&self, $($argument: $kind),*) -> $result {
+            self.inner.$name($($argument),*)
+        })*
+    };
+}
+
+// All methods of the trait are here: one that is not would answer ENOSYS instead of the inner file system. Those that
+// take nothing are left to that answer: locks, `ioctl`, `poll` and the like are not offered.
+impl<F: FileSystem> FileSystem for Guard<F> {
+    type DirIter = F::DirIter;
+    type Handle = F::Handle;
+    type Inode = F::Inode;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        let wanted = self.inner.init(capable)?;
+        self.session.set(Some(capable));
+        Ok(wanted)
+    }
+
+    fn destroy(&self) {
+        self.session.set(None);
+        self.inner.destroy();
+    }
+
+    fn read<W: ZeroCopyWriter>(
+        &self,
+        context: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        writer: W,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        check(offset)?;
+        self.inner.read(context, inode, handle, writer, size, offset, lock_owner, flags)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        context: Context,
+        inode: F::Inode,
+        handle: F::Handle,
+        reader: R,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        kill_privileges: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        check(offset)?;
+        self.inner.write(context, inode, handle, reader, size, offset, lock_owner, delayed, kill_privileges, flags)
+    }
+
+    forward! {
+        fn lookup(c: Context, parent: F::Inode, name: &CStr) -> io::Result<Entry>;
+        fn forget(c: Context, inode: F::Inode, count: u64) -> ();
+        fn batch_forget(c: Context, requests: Vec<(F::Inode, u64)>) -> ();
+        fn getattr(c: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
+        fn setattr(
+            c: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>, valid: SetattrValid
+        ) -> io::Result<(Attr, Duration)>;
+        fn readlink(c: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
+        fn symlink(c: Context, link: &CStr, parent: F::Inode, name: &CStr, x: Extensions) -> io::Result<Entry>;
+        fn mknod(
+            c: Context, inode: F::Inode, name: &CStr, mode: u32, rdev: u32, umask: u32, x: Extensions
+        ) -> io::Result<Entry>;
+        fn mkdir(
+            c: Context, parent: F::Inode, name: &CStr, mode: u32, umask: u32, x: Extensions
+        ) -> io::Result<Entry>;
+        fn unlink(c: Context, parent: F::Inode, name: &CStr) -> io::Result<()>;
+        fn rmdir(c: Context, parent: F::Inode, name: &CStr) -> io::Result<()>;
+        fn rename(
+            c: Context, from: F::Inode, old: &CStr, to: F::Inode, new: &CStr, flags: u32
+        ) -> io::Result<()>;
+        fn link(c: Context, inode: F::Inode, parent: F::Inode, name: &CStr) -> io::Result<Entry>;
+        fn open(
+            c: Context, inode: F::Inode, kill: bool, flags: u32
+        ) -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn create(
+            c: Context, parent: F::Inode, name: &CStr, mode: u32, kill: bool, flags: u32, umask: u32, x: Extensions
+        ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)>;
+        fn flush(c: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()>;
+        fn fsync(c: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()>;
+        fn fallocate(
+            c: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64
+        ) -> io::Result<()>;
+        fn release(
+            c: Context, inode: F::Inode, flags: u32, handle: F::Handle, flush: bool, flock: bool, owner: Option<u64>
+        ) -> io::Result<()>;
+        fn statfs(c: Context, inode: F::Inode) -> io::Result<libc::statvfs64>;
+        fn setxattr(
+            c: Context, inode: F::Inode, name: &CStr, value: &[u8], flags: u32, extra: SetxattrFlags
+        ) -> io::Result<()>;
+        fn getxattr(c: Context, inode: F::Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply>;
+        fn listxattr(c: Context, inode: F::Inode, size: u32) -> io::Result<ListxattrReply>;
+        fn removexattr(c: Context, inode: F::Inode, name: &CStr) -> io::Result<()>;
+        fn opendir(c: Context, inode: F::Inode, flags: u32) -> io::Result<(Option<F::Handle>, OpenOptions)>;
+        fn readdir(
+            c: Context, inode: F::Inode, handle: F::Handle, size: u32, offset: u64
+        ) -> io::Result<F::DirIter>;
+        fn fsyncdir(c: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()>;
+        fn releasedir(c: Context, inode: F::Inode, flags: u32, handle: F::Handle) -> io::Result<()>;
+        fn access(c: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
+        fn lseek(c: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32) -> io::Result<u64>;
+        fn copyfilerange(
+            c: Context, inode: F::Inode, handle: F::Handle, offset: u64, to_inode: F::Inode, to_handle: F::Handle,
+            to_offset: u64, length: u64, flags: u64
+        ) -> io::Result<usize>;
+        fn syncfs(c: Context, inode: F::Inode) -> io::Result<()>;
+    }
+}
+
+impl<F: SerializableFileSystem> SerializableFileSystem for Guard<F> {
+    forward! {
+        fn prepare_serialization(cancel: Arc<AtomicBool>) -> ();
+        fn serialize(state: File) -> io::Result<()>;
+        fn deserialize_and_apply(state: File) -> io::Result<()>;
+    }
+}
