@@ -2,6 +2,7 @@
 
 mod bus;
 pub mod memory;
+mod snapshot;
 mod vcpu;
 pub mod x86;
 
@@ -22,6 +23,8 @@ use crate::virtio::worker::Confinement;
 use crate::{Event, Memory};
 use bus::{Bus, Console, DEVICES, FIRST_INTERRUPT, Line, MAX_DEVICES, SERIAL_INTERRUPT};
 use memory::MemoryError;
+use snapshot::Saved;
+pub use snapshot::SnapshotError;
 use vcpu::Vcpus;
 use x86::boot::{BootError, Kernel};
 use x86::state::StateError;
@@ -96,6 +99,9 @@ pub enum MachineError {
     /// No state.
     #[error(transparent)]
     State(#[from] StateError),
+    /// No snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// No threads, no descriptors.
     #[error("cannot {step}")]
     Host {
@@ -124,6 +130,8 @@ pub struct Machine {
     ends: Receiver<End>,
     vm: VmFd,
     memory: Memory,
+    flavour: Flavour,
+    msrs: Vec<u32>,
 }
 
 impl Machine {
@@ -158,6 +166,57 @@ impl Machine {
         self.bus.devices().for_each(|mut device| device.rest());
     }
 
+    /// Writes a paused machine into two empty files; it can go on afterwards.
+    ///
+    /// # Errors
+    /// [`MachineError`]; then the files are of no use.
+    pub fn save(&self, state: &File, memory: &File) -> Result<(), MachineError> {
+        let vcpus = self.vcpus.paused();
+        let vcpus = vcpus.iter().map(|vcpu| x86::state::save_vcpu(&self.vm, vcpu, &self.msrs));
+        let saved = Saved {
+            flavour: self.flavour,
+            memory: memory::size(&self.memory),
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm: x86::state::save_vm(&self.vm)?,
+            devices: self.bus.devices().map(|device| device.save()).collect::<Result<_, _>>()?,
+        };
+        saved.write(state)?;
+        Ok(snapshot::write_memory(&self.memory, memory)?)
+    }
+
+    /// Makes a machine that goes on where a saved one was, with devices of the same make. The memory file stays as it
+    /// is, and has to stay so as long as the machine is there.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn restore(config: Config, state: &File, memory: File) -> Result<Self, MachineError> {
+        let saved = Saved::read(state)?;
+        let mismatch = |what| Err(SnapshotError::Mismatch(what).into());
+        if saved.flavour != config.flavour {
+            return mismatch("kinds of KVM");
+        }
+        if (saved.memory, saved.vcpus.len()) != (config.memory, config.vcpus as usize) {
+            return mismatch("sizes");
+        }
+        if saved.devices.len() != config.devices.len() {
+            return mismatch("devices");
+        }
+        let memory = snapshot::map_memory(saved.memory, memory)?;
+        let (supported, mut parts) = Parts::make(config, memory)?;
+        x86::state::restore_vm(&parts.vm, &saved.vm)?;
+        for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
+            let ours = cpuid::of(&supported, index, saved.vcpus.len() as u32);
+            if !ours.is_ok_and(|ours| cpuid::same(&ours, &state.cpuid)) {
+                return mismatch("processors");
+            }
+            x86::state::restore_vcpu(&parts.vm, vcpu, state)?;
+        }
+        for (device, saved) in parts.devices.iter_mut().zip(saved.devices) {
+            device.restore(saved)?;
+        }
+        parts.assemble()
+    }
+
     /// Waits for its end.
     pub fn wait(&self) -> End {
         self.ends.recv().unwrap_or_else(|_| End::Failed("its processors' threads ended".to_owned()))
@@ -177,6 +236,8 @@ struct Parts {
     devices: Vec<Transport>,
     console: Option<Console>,
     confinement: Confinement,
+    flavour: Flavour,
+    msrs: Vec<u32>,
 }
 
 impl Parts {
@@ -220,7 +281,9 @@ impl Parts {
             devices.push(device);
         }
         let console = config.console.map(|file| console(&vm, file)).transpose()?;
-        Ok((supported, Self { vm, memory, vcpus, devices, console, confinement: config.confinement }))
+        let (flavour, confinement) = (config.flavour, config.confinement);
+        let msrs = x86::state::msrs_to_save(&config.kvm, flavour)?;
+        Ok((supported, Self { vm, memory, vcpus, devices, console, confinement, flavour, msrs }))
     }
 
     fn assemble(self) -> Result<Machine, MachineError> {
@@ -228,7 +291,7 @@ impl Parts {
         let (sender, ends) = mpsc::channel();
         let vcpus = Vcpus::spawn(self.vcpus, bus.clone(), &self.confinement, &sender)
             .map_err(|source| MachineError::Host { step: "start the processors", source })?;
-        Ok(Machine { vcpus, bus, ends, vm: self.vm, memory: self.memory })
+        Ok(Machine { vcpus, bus, ends, vm: self.vm, memory: self.memory, flavour: self.flavour, msrs: self.msrs })
     }
 }
 

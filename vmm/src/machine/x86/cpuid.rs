@@ -4,6 +4,7 @@ use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
+const OSXSAVE: u32 = 1 << 27;
 const HYPERVISOR: u32 = 1 << 31;
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -22,6 +23,21 @@ pub fn of(supported: &CpuId, index: u32, vcpus: u32) -> Result<CpuId, vmm_sys_ut
     }
     entries.extend([0, 1, 2].map(|level| extended_topology(level, index, vcpus)));
     CpuId::from_entries(&entries)
+}
+
+/// Whether two descriptions are of the same processor. What a running one changes of its own (whether the kernel has
+/// enabled XSAVE, and how large its area is) does not count.
+pub fn same(a: &CpuId, b: &CpuId) -> bool {
+    let fixed = |entries: &CpuId| -> Vec<[u32; 6]> {
+        let entries = entries.as_slice().iter().filter(|entry| !matches!(entry.function, 0xd | 7));
+        entries
+            .map(|entry| {
+                let ecx = if entry.function == 1 { entry.ecx & !OSXSAVE } else { entry.ecx };
+                [entry.function, entry.index, entry.eax, entry.ebx, ecx, entry.edx]
+            })
+            .collect()
+    };
+    fixed(a) == fixed(b)
 }
 
 fn adapt(entry: &mut kvm_cpuid_entry2, index: u32, vcpus: u32) {
