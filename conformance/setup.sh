@@ -10,6 +10,7 @@ packages=(
     iptables iproute2           # dockerd's network, the suites' own bridge and addresses
     busybox-static debootstrap  # the images
     procps                      # `docker top` runs the host's ps
+    qemu-system-x86             # the machine that has an ordinary KVM
 )
 if [[ ${1:-} == bench ]]; then
     packages+=(crun runsc)

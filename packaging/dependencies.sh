@@ -18,8 +18,8 @@ packages_for() {
     run) echo qemu-system-x86 ;;
     lint) echo shellcheck ;;
     # The engines, the network that dockerd makes, what the images are made of,
-    # and the ps that `docker top` runs.
-    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps ;;
+    # the ps that `docker top` runs, and the machine that has an ordinary KVM.
+    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps qemu-system-x86 ;;
     bench) echo crun runsc ;;
     demo) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap ;;
     *) die "no purpose is called '$1': say build, run, lint, test, bench or demo" ;;

@@ -19,7 +19,7 @@ use crate::suite::{Handle, next_number};
 pub struct Workshop {
     folder: PathBuf,
     cgroup: String,
-    /// The configuration that `runc spec` writes.
+    /// What each bundle's configuration is made from.
     template: Value,
 }
 
@@ -27,11 +27,19 @@ impl Workshop {
     /// Asks runc for its template.
     pub fn open(enclosure: &Enclosure) -> Result<Self> {
         let folder = enclosure.work().join("bundles");
-        std::fs::create_dir_all(&folder)?;
-        Cmd::new(Runtime::Runc.program()).args(["spec", "--bundle"]).arg(&folder).ok()?;
-        let template = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
+        let template = template(&folder)?;
         Ok(Self { folder, cgroup: enclosure.cgroup(), template })
     }
+}
+
+/// The configuration that `runc spec` writes, but without a terminal, and with a root file system that can be written.
+pub fn template(folder: &Path) -> Result<Value> {
+    std::fs::create_dir_all(folder)?;
+    Cmd::new(Runtime::Runc.program()).args(["spec", "--bundle"]).arg(folder).ok()?;
+    let mut config: Value = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
+    config["process"]["terminal"] = json!(false);
+    config["root"]["readonly"] = json!(false);
+    Ok(config)
 }
 
 /// One runtime called by hand, for one run of one case.
@@ -90,9 +98,7 @@ impl Hand {
         let path = self.folder().join(&id);
         image::unpack(image::BUSYBOX, &path.join("rootfs"))?;
         let mut config = self.workshop.template.clone();
-        config["process"]["terminal"] = json!(false);
         config["process"]["args"] = json!(command);
-        config["root"]["readonly"] = json!(false);
         config["linux"]["cgroupsPath"] = json!(format!("{}/{id}", self.workshop.cgroup));
         change(&mut config);
         let bundle = Bundle { hand: self, id, path };

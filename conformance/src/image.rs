@@ -1,4 +1,4 @@
-//! Root file systems, as `images.sh` builds them.
+//! Root file systems, as `images.sh` builds them, and a kernel, as `cloud-kernel.sh` fetches it.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,7 @@ pub fn tar(name: &str) -> Result<PathBuf> {
     if let Some(path) = known.get(name) {
         return Ok(path.clone());
     }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images.sh");
-    let path = PathBuf::from(Cmd::new(script).arg(name).ok()?.text());
+    let path = PathBuf::from(script("images.sh").arg(name).ok()?.text());
     known.insert(name.to_owned(), path.clone());
     Ok(path)
 }
@@ -38,4 +37,13 @@ pub fn unpack(name: &str, folder: &Path) -> Result<()> {
         .arg(folder)
         .ok()?;
     Ok(())
+}
+
+/// The folder of the distribution's kernel for cloud machines: `vmlinuz` and `modules`, from the cache.
+pub fn cloud_kernel() -> Result<PathBuf> {
+    Ok(PathBuf::from(script("cloud-kernel.sh").ok()?.text()))
+}
+
+fn script(name: &str) -> Cmd {
+    Cmd::new(Path::new(env!("CARGO_MANIFEST_DIR")).join(name))
 }

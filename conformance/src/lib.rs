@@ -15,6 +15,7 @@ pub mod enclosure;
 pub mod engine;
 pub mod image;
 pub mod judge;
+pub mod machine;
 pub mod nameserver;
 pub mod outcome;
 pub mod runtime;

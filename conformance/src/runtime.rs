@@ -73,15 +73,11 @@ pub struct Available {
 impl Available {
     /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set, no TCG when `RUNVM_WITHOUT_TCG` is.
     pub fn find() -> Result<Self> {
-        let asked = |name| std::env::var_os(name).is_some_and(|value| value != "0");
-        if asked("RUNVM_ONLY_RUNC") {
+        if !runvm_is_tested()? {
             return Ok(Self::default());
         }
-        let program = Runtime::Kvm.program();
-        if !program.exists() {
-            bail!("there is no {}: run `make build`, or set RUNVM_DIST or RUNVM_ONLY_RUNC=1", program.display());
-        }
-        Ok(Self { kvm: accelerator(&program)?.starts_with("kvm"), tcg: !asked("RUNVM_WITHOUT_TCG") })
+        let kvm = accelerator(&Runtime::Kvm.program())?.starts_with("kvm");
+        Ok(Self { kvm, tcg: !asked("RUNVM_WITHOUT_TCG") })
     }
 
     /// Whether `runtime` can run here.
@@ -92,6 +88,22 @@ impl Available {
             Runtime::Tcg => self.tcg,
         }
     }
+}
+
+/// Whether runvm is to be tested, which `RUNVM_ONLY_RUNC` forbids; an error if it is and was not built.
+pub fn runvm_is_tested() -> Result<bool> {
+    if asked("RUNVM_ONLY_RUNC") {
+        return Ok(false);
+    }
+    let program = Runtime::Kvm.program();
+    if !program.exists() {
+        bail!("there is no {}: run `make build`, or set RUNVM_DIST or RUNVM_ONLY_RUNC=1", program.display());
+    }
+    Ok(true)
+}
+
+fn asked(name: &str) -> bool {
+    std::env::var_os(name).is_some_and(|value| value != "0")
 }
 
 #[derive(Deserialize)]
