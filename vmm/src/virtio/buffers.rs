@@ -4,8 +4,8 @@
 //! between. The readers and writers that do so are virtiofsd's: its server takes no others, and a disk's needs are the
 //! same. They want the memory in a type of their own, which [`IoMemory`] is.
 
-use virtiofsd::descriptor_utils::{Error, Reader, Writer};
 use vhost_user_backend::bitmap::BitmapMmapRegion;
+use virtiofsd::descriptor_utils::{Error, Reader, Writer};
 use vm_memory::{GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion};
 
 use super::{Chain, DeviceError};

@@ -4,9 +4,11 @@
 //! [`transport`] is the guest's side of it, the registers; the [`worker`] is ours, the thread that calls the device
 //! whenever the guest has filled a queue or a descriptor of the device is ready.
 
+pub mod buffers;
 mod config;
 #[cfg(any(test, feature = "driver"))]
 pub mod driver;
+pub mod fs;
 mod interrupt;
 mod poller;
 mod queue;

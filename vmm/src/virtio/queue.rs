@@ -45,7 +45,7 @@ impl VirtQueue {
     }
 
     /// Serves the chains that are in the queue, at most as many as it can hold at once, and tells the driver of
-    /// them; whether chains that can be served may be left.
+    /// them.
     ///
     /// Where some are left the queue is kicked, so that the device is called again after others had their turn.
     ///
@@ -54,9 +54,21 @@ impl VirtQueue {
     pub fn drain(
         &mut self,
         memory: &Memory,
+        serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        self.drain_some(memory, self.queue.size(), serve)
+    }
+
+    /// [`VirtQueue::drain`] for chains that take their time: serves at most `budget` of them at once.
+    ///
+    /// # Errors
+    /// Those of [`VirtQueue::drain`].
+    pub fn drain_some(
+        &mut self,
+        memory: &Memory,
+        mut budget: u16,
         mut serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
     ) -> Result<(), DeviceError> {
-        let mut budget = self.queue.size();
         let mut blocked = false;
         loop {
             self.queue.disable_notification(&**memory).map_err(self.malformed())?;

@@ -65,6 +65,7 @@ impl<F: FileSystem> FileSystem for Guard<F> {
     type Inode = F::Inode;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        self.session.set(None);
         let wanted = self.inner.init(capable)?;
         self.session.set(Some(capable));
         Ok(wanted)

@@ -1,0 +1,309 @@
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tempfile::TempDir;
+use virtiofsd::fuse::{BatchForgetIn, LkIn, OpenIn, ReadIn};
+use virtiofsd::passthrough::xattrmap::XattrMap;
+use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, PassthroughFs};
+
+use super::super::driver::Piece;
+use super::client::{Client, Opcode, REQUESTS, ROOT};
+use super::*;
+
+type Guest = Client<Fs<PassthroughFs>>;
+
+fn device(root: &Path) -> Fs<PassthroughFs> {
+    let config = Config {
+        root_dir: root.to_str().unwrap().into(),
+        announce_submounts: true,
+        xattr: true,
+        xattrmap: Some(XattrMap::try_from(":ok:all:::").unwrap()),
+        posix_acl: NegotiationMode::Auto,
+        killpriv_v2: true,
+        guest_fd_limit: 1000,
+        migration_on_error: MigrationOnError::GuestError,
+        ..Config::default()
+    };
+    Fs::new("share", PassthroughFs::new(config).unwrap()).unwrap()
+}
+
+fn tree() -> TempDir {
+    let tree = tempfile::tempdir().unwrap();
+    fs::create_dir(tree.path().join("folder")).unwrap();
+    fs::write(tree.path().join("folder/file"), "content").unwrap();
+    tree
+}
+
+fn guest(root: &Path) -> Guest {
+    let mut guest = Client::new(device(root)).unwrap();
+    guest.begin().unwrap();
+    guest
+}
+
+/// How many descriptors of this process lead into the tree.
+fn open_files(root: &Path) -> usize {
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    open.filter(|entry| fs::read_link(entry.as_ref().unwrap().path()).is_ok_and(|to| to.starts_with(root))).count()
+}
+
+#[test]
+fn the_configuration_names_the_tag_and_the_queues() {
+    let tree = tree();
+    let bytes = device(tree.path()).config().bytes();
+    assert_eq!(bytes.len(), 40);
+    assert!(bytes.starts_with(b"share\0"));
+    assert_eq!(bytes[36..], [1, 0, 0, 0]);
+    for tag in ["", &"x".repeat(37)] {
+        let served = PassthroughFs::new(Config::default()).unwrap();
+        assert!(matches!(Fs::new(tag, served), Err(FsError::Tag(_))), "{tag}");
+    }
+}
+
+#[test]
+fn requests_may_be_a_megabyte() {
+    let tree = tree();
+    let mut guest = Client::new(device(tree.path())).unwrap();
+    let agreed = guest.begin().unwrap();
+    assert_eq!((agreed.max_write, agreed.max_pages), (1 << 20, 256));
+    let longest = u32::from(agreed.max_pages) + 4;
+    assert!(u32::from(guest.device.queue_sizes()[REQUESTS]) >= longest);
+
+    let large: Vec<u8> = (0..1u32 << 20).map(|byte| (byte % 251) as u8).collect();
+    let (entry, handle) = guest.create(ROOT, "large").unwrap();
+    assert_eq!(guest.write(entry.node, handle, 0, &large), Ok(1 << 20));
+    assert_eq!(guest.read(entry.node, handle, 0, 1 << 20).unwrap(), large);
+    assert_eq!(fs::read(tree.path().join("large")).unwrap(), large);
+}
+
+#[test]
+fn a_tree_is_used() {
+    let tree = tree();
+    let root = tree.path();
+    let mut guest = guest(root);
+    let file = guest.find("folder/file").unwrap();
+    assert_eq!(file.attributes.size, 7);
+    assert_eq!(guest.find("folder/none").unwrap_err(), libc::ENOENT);
+
+    let handle = guest.open(file.node, libc::O_RDWR).unwrap();
+    assert_eq!(guest.read(file.node, handle, 3, 100).unwrap(), b"tent");
+    assert_eq!(guest.write(file.node, handle, 7, b" added"), Ok(6));
+    assert_eq!(fs::read_to_string(root.join("folder/file")).unwrap(), "content added");
+    guest.release(file.node, handle).unwrap();
+    assert_eq!(guest.read(file.node, handle, 0, 1), Err(libc::EBADF));
+
+    let folder = guest.find("folder").unwrap();
+    guest.create(folder.node, "new").unwrap();
+    assert_eq!(fs::metadata(root.join("folder/new")).unwrap().permissions().mode() & 0o777, 0o644);
+    let flags = OpenIn { flags: libc::O_RDONLY.cast_unsigned(), ..Default::default() };
+    let opened = guest.request(Opcode::Opendir, folder.node, &[flags.as_slice()]).unwrap();
+    let handle = u64::from_le_bytes(opened[..8].try_into().unwrap());
+    let mut names = guest.names(folder.node, handle).unwrap();
+    names.sort();
+    assert_eq!(names.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), [".", "..", "file", "new"]);
+    assert_eq!(names[2].1, file.node);
+}
+
+#[test]
+fn a_reset_lets_go_of_everything() {
+    let tree = tree();
+    let root = tree.path();
+    let mut guest = guest(root);
+    let file = guest.find("folder/file").unwrap();
+    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert_eq!(open_files(root), 4);
+
+    guest.forget(file.node, 1);
+    assert_eq!(open_files(root), 3);
+    assert_eq!(guest.open(file.node, libc::O_RDONLY), Err(libc::EBADF));
+
+    guest.device.reset();
+    assert_eq!(open_files(root), 0);
+    assert_eq!(guest.read(file.node, handle, 0, 1), Err(libc::EBADF));
+    assert!(guest.device.save().unwrap().is_empty());
+    guest.begin().unwrap();
+    assert_eq!(guest.find("folder/file").unwrap().attributes.size, 7);
+}
+
+#[test]
+fn what_would_wait_for_somebody_is_not_opened() {
+    let tree = tree();
+    let kinds = [("fifo", FileType::Fifo), ("socket", FileType::Socket)];
+    for (name, kind) in kinds {
+        mknodat(CWD, tree.path().join(name), kind, Mode::RWXU, 0).unwrap();
+    }
+    symlink("/dev/zero", tree.path().join("link")).unwrap();
+    let mut guest = guest(tree.path());
+    for name in ["fifo", "socket", "link"] {
+        let node = guest.find(name).unwrap().node;
+        assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::EBADF), "{name}");
+    }
+    for what in [Opcode::Setlk, Opcode::Setlkw] {
+        assert_eq!(guest.request(what, ROOT, &[LkIn::default().as_slice()]), Err(libc::ENOSYS));
+    }
+}
+
+#[test]
+fn a_session_goes_on_in_another_device() {
+    let tree = tree();
+    let root = tree.path();
+    assert!(device(root).save().unwrap().is_empty(), "there is nothing to save before anything was mounted");
+    device(root).restore(&[]).unwrap();
+
+    let mut first = guest(root);
+    let file = first.find("folder/file").unwrap().node;
+    let reading = first.open(file, libc::O_RDONLY).unwrap();
+    let (new, writing) = first.create(ROOT, "new").unwrap();
+    first.write(new.node, writing, 0, b"one").unwrap();
+    let gone = first.create(ROOT, "gone").unwrap();
+    fs::remove_file(root.join("gone")).unwrap();
+    fs::rename(root.join("folder"), root.join("renamed")).unwrap();
+    let saved = first.device.save().unwrap();
+    first.write(new.node, writing, 3, b" two").unwrap();
+    drop(first);
+
+    let mut second = device(root);
+    second.restore(&saved).unwrap();
+    let mut second = Client::new(second).unwrap();
+    assert_eq!(second.read(file, reading, 0, 100).unwrap(), b"content");
+    assert_eq!(second.write(new.node, writing, 7, b" three"), Ok(6));
+    assert_eq!(fs::read_to_string(root.join("new")).unwrap(), "one two three");
+    assert_eq!(second.find("renamed/file").unwrap().node, file);
+    assert!(second.read(gone.0.node, gone.1, 0, 1).is_err(), "it has no path");
+
+    // The options that both sides agreed on hold as well: with one of them SETXATTR looks so, else it is malformed.
+    let attribute = [4u32, 0, 0, 0].map(u32::to_le_bytes).concat();
+    let set = second.request(Opcode::Setxattr, new.node, &[&attribute, b"user.runvm\0", b"set!"]);
+    assert!(matches!(set, Ok(_) | Err(libc::EOPNOTSUPP)), "{set:?}");
+
+    assert!(second.device.save().unwrap().len() > 20);
+}
+
+#[test]
+fn a_damaged_session_is_refused_and_leaves_nothing() {
+    let tree = tree();
+    let root = tree.path();
+    let mut first = guest(root);
+    let file = first.find("folder/file").unwrap().node;
+    first.open(file, libc::O_RDONLY).unwrap();
+    let saved = first.device.save().unwrap();
+    drop(first);
+
+    for length in 1..saved.len() {
+        let mut damaged = device(root);
+        assert!(damaged.restore(&saved[..length]).is_err(), "{length}");
+        assert_eq!(open_files(root), 0, "{length}");
+    }
+    // Some of these are states as well.
+    for index in 0..saved.len() {
+        for change in [1, 0x80, 0xff] {
+            let mut bytes = saved.clone();
+            bytes[index] ^= change;
+            let mut damaged = device(root);
+            if damaged.restore(&bytes).is_err() {
+                assert!(damaged.save().unwrap().is_empty(), "{index}");
+            }
+        }
+    }
+    assert_eq!(open_files(root), 0);
+    assert!(device(root).restore(&vec![0xff; (state::MAX_STATE + 65) as usize]).is_err());
+}
+
+#[test]
+fn malformed_requests_are_refused_and_the_device_goes_on() {
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    let file = guest.find("folder/file").unwrap().node;
+    let handle = guest.open(file, libc::O_RDWR).unwrap();
+
+    for operation in [0, 7, 49, 4096, u32::MAX] {
+        assert_eq!(guest.request_for(operation, ROOT, &[&[0; 64]], 64), Err(libc::ENOSYS), "{operation}");
+    }
+    for (name, error) in [(&b"folder"[..], libc::EINVAL), (b"", libc::EINVAL), (b"fol\0der\0", libc::EINVAL)] {
+        assert_eq!(guest.request(Opcode::Lookup, ROOT, &[name]), Err(error), "{name:?}");
+    }
+    // No room for what there is to say.
+    assert_eq!(guest.request_for(Opcode::Getattr as u32, ROOT, &[&[0; 16]], 32), Err(libc::EIO));
+    // Offsets that no file has.
+    for offset in [i64::MAX as u64, 1 << 63, u64::MAX] {
+        assert_eq!(guest.read(file, handle, offset, 64), Err(libc::EINVAL));
+        assert_eq!(guest.write(file, handle, offset, b"content"), Err(libc::EINVAL));
+    }
+    // More is forgotten than is said.
+    let many = BatchForgetIn { count: u32::MAX, dummy: 0 };
+    assert_eq!(guest.request(Opcode::BatchForget, ROOT, &[many.as_slice()]), Err(libc::ENOMEM));
+    let many = BatchForgetIn { count: 1000, dummy: 0 };
+    assert_eq!(guest.request(Opcode::BatchForget, ROOT, &[many.as_slice()]), Err(libc::EINVAL));
+    // More is asked for than there is room.
+    let large = ReadIn { fh: handle, size: u32::MAX, ..Default::default() };
+    assert_eq!(guest.request_for(Opcode::Read as u32, file, &[large.as_slice()], 20), Ok(b"cont".to_vec()));
+    assert_eq!(guest.request(Opcode::Readdirplus, ROOT, &[large.as_slice()]), Err(libc::ENOMEM));
+    assert_eq!(guest.request(Opcode::Getxattr, ROOT, &[&[0xff; 8], b"user.x\0"]), Err(libc::ENOMEM));
+
+    assert_eq!(guest.read(file, handle, 0, 64).unwrap(), b"content");
+}
+
+#[test]
+fn a_header_that_lies_about_its_length_is_refused() {
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    for (length, error) in [
+        (0u32, libc::EINVAL),
+        (39, libc::EINVAL),
+        (48, libc::EINVAL),
+        (1 << 20, libc::EINVAL),
+        (u32::MAX, libc::ENOMEM),
+    ] {
+        for what in [Opcode::Lookup, Opcode::Setxattr, Opcode::Mkdir, Opcode::Rename, Opcode::Create] {
+            let mut request = guest.compose(what as u32, ROOT, &[b"folder\0"]);
+            request[..4].copy_from_slice(&length.to_le_bytes());
+            let answer = guest.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]);
+            assert_eq!(answer.len(), 16, "{what:?} {length}");
+            assert_eq!(answer[4..8], (-error).to_le_bytes(), "{what:?} {length}");
+        }
+    }
+    guest.find("folder/file").unwrap();
+}
+
+#[test]
+fn chains_that_lack_a_part_are_given_back() {
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    let node = guest.find("folder/file").unwrap().node;
+    let handle = guest.open(node, libc::O_RDONLY).unwrap();
+    let read = ReadIn { fh: handle, size: 4, ..Default::default() };
+    let empty = ReadIn::default();
+    for (what, argument) in [(Opcode::Read, &read), (Opcode::Readdir, &empty), (Opcode::Readdirplus, &empty)] {
+        let request = guest.compose(what as u32, node, &[argument.as_slice()]);
+        assert!(guest.put(REQUESTS, &[Piece::Readable(&request)]).is_empty());
+        assert!(guest.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(15)]).is_empty());
+    }
+    assert!(guest.put(REQUESTS, &[Piece::Writable(64)]).is_empty());
+    assert!(guest.put(REQUESTS, &[Piece::Readable(&[0; 39]), Piece::Writable(64)]).is_empty());
+    let request = guest.compose(Opcode::Getattr as u32, node, &[&[0; 16]]);
+    for (address, length) in [(1 << 40, 64), (u64::MAX, 64), (0, u32::MAX)] {
+        let outside = Piece::Raw { address, length, flags: 2, next: 0 };
+        assert!(guest.put(REQUESTS, &[Piece::Readable(&request), outside]).is_empty());
+    }
+    assert_eq!(guest.read(node, handle, 0, 4).unwrap(), b"cont");
+}
+
+#[test]
+fn a_full_queue_is_served_in_batches() {
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    let requests: Vec<_> = (0..3 * usize::from(BATCH))
+        .map(|_| {
+            let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
+            guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)])
+        })
+        .collect();
+    for batch in requests.chunks(BATCH.into()) {
+        assert!(guest.driver.used(REQUESTS).is_none());
+        guest.device.queue_ready(&mut guest.driver.io, REQUESTS).unwrap();
+        for request in batch {
+            assert_eq!(guest.driver.used(REQUESTS), Some((request.head, 120)));
+        }
+    }
+}
