@@ -11,7 +11,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
-use kvm_bindings::{KVM_API_VERSION, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -146,9 +146,7 @@ impl Machine {
         kernel.command_line.push_str(&device_parameters(parts.devices.len()));
         let entry = x86::boot::load(&parts.memory, &mut kernel, vcpu_count)?;
         for (index, vcpu) in (0..).zip(&parts.vcpus) {
-            let cpuid = cpuid::of(&supported, index, vcpu_count);
-            let cpuid = cpuid.map_err(|_| too_many("describe a processor"))?;
-            vcpu.set_cpuid2(&cpuid).map_err(kvm("describe a processor"))?;
+            describe(vcpu, &supported, index, vcpu_count)?;
             registers::set(vcpu, (index == 0).then_some(entry)).map_err(kvm("set a processor's registers"))?;
         }
         parts.assemble()
@@ -201,12 +199,15 @@ impl Machine {
         if saved.devices.len() != config.devices.len() {
             return mismatch("devices");
         }
+        let vcpu_count = config.vcpus;
         let memory = snapshot::map_memory(saved.memory, memory)?;
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
-            let ours = cpuid::of(&supported, index, saved.vcpus.len() as u32);
-            if !ours.is_ok_and(|ours| cpuid::same(&ours, &state.cpuid)) {
+            // What KVM makes of a description is what it gave when the machine was saved.
+            describe(vcpu, &supported, index, vcpu_count)?;
+            let ours = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(kvm("describe a processor"))?;
+            if !cpuid::same(&ours, &state.cpuid) {
                 return mismatch("processors");
             }
             x86::state::restore_vcpu(&parts.vm, vcpu, state)?;
@@ -242,7 +243,7 @@ struct Parts {
 
 impl Parts {
     /// Makes the parts, and tells what KVM says of processors.
-    fn make(config: Config, memory: Memory) -> Result<(kvm_bindings::CpuId, Self), MachineError> {
+    fn make(config: Config, memory: Memory) -> Result<(CpuId, Self), MachineError> {
         let version = config.kvm.get_api_version();
         if version != KVM_API_VERSION as i32 {
             return Err(MachineError::Version(version));
@@ -293,6 +294,11 @@ impl Parts {
             .map_err(|source| MachineError::Host { step: "start the processors", source })?;
         Ok(Machine { vcpus, bus, ends, vm: self.vm, memory: self.memory, flavour: self.flavour, msrs: self.msrs })
     }
+}
+
+fn describe(vcpu: &VcpuFd, supported: &CpuId, index: u32, vcpus: u32) -> Result<(), MachineError> {
+    let cpuid = cpuid::of(supported, index, vcpus).map_err(|_| too_many("describe a processor"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(kvm("describe a processor"))
 }
 
 fn connect(vm: &VmFd, index: usize, device: &Transport) -> Result<(), kvm_ioctls::Error> {
