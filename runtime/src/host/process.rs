@@ -65,7 +65,8 @@ impl ProcessIdentity {
     fn pidfd(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Err(rustix::io::Errno::SRCH) => Ok(None),
+            // Linux before 6.15 calls a PID invalid that is gone, and still is a session's or a process group's.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => Ok(None),
             // Between reading the record and opening, the PID may have gone to another process.
             pidfd => Ok(Some(pidfd?).filter(|_| Self::of(self.pid) == Some(*self))),
         }
