@@ -37,7 +37,8 @@ pub struct VcpuState {
     registers: kvm_regs,
     special: kvm_sregs,
     vectors: Xsave,
-    extended_control: kvm_xcrs,
+    /// None where KVM hides the processor's.
+    extended_control: Option<kvm_xcrs>,
     debug: kvm_debugregs,
     lapic: kvm_lapic_state,
     msrs: Vec<kvm_msr_entry>,
@@ -61,7 +62,11 @@ pub fn save_vcpu(vm: &VmFd, vcpu: &VcpuFd, msrs: &[u32]) -> Result<VcpuState, St
         registers: vcpu.get_regs().map_err(get("registers"))?,
         special: vcpu.get_sregs().map_err(get("special registers"))?,
         vectors: get_vectors(vm, vcpu).map_err(get("vector registers"))?,
-        extended_control: vcpu.get_xcrs().map_err(get("extended control registers"))?,
+        extended_control: vm
+            .check_extension(Cap::Xcrs)
+            .then(|| vcpu.get_xcrs())
+            .transpose()
+            .map_err(get("extended control registers"))?,
         debug: vcpu.get_debug_regs().map_err(get("debug registers"))?,
         lapic: vcpu.get_lapic().map_err(get("local APIC"))?,
         msrs: get_msrs(vcpu, msrs).map_err(get("model specific registers"))?,
@@ -77,7 +82,9 @@ pub fn restore_vcpu(vm: &VmFd, vcpu: &VcpuFd, state: &VcpuState) -> Result<(), S
     vcpu.set_regs(&state.registers).map_err(set("registers"))?;
     vcpu.set_sregs(&state.special).map_err(set("special registers"))?;
     set_vectors(vm, vcpu, &state.vectors).map_err(set("vector registers"))?;
-    vcpu.set_xcrs(&state.extended_control).map_err(set("extended control registers"))?;
+    if let Some(extended_control) = &state.extended_control {
+        vcpu.set_xcrs(extended_control).map_err(set("extended control registers"))?;
+    }
     vcpu.set_debug_regs(&state.debug).map_err(set("debug registers"))?;
     vcpu.set_lapic(&state.lapic).map_err(set("local APIC"))?;
     let (late, early): (Vec<_>, Vec<_>) = state.msrs.iter().copied().partition(|entry| entry.index == TSC_DEADLINE);
