@@ -9,14 +9,13 @@ use std::time::{Duration, SystemTime};
 use runvm_protocol::agent as wire;
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
 use thiserror::Error;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader, Interest};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 
 use crate::agent::{Agent, AgentError};
-use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
+use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::network::{self, Network, NetworkError};
-use crate::share::{self, Export, ShareError};
+use crate::share::Export;
 use crate::vmm::probe::{self, Accelerator, Choice, NoKvm, Wanted};
 use crate::vmm::{Channel, Machine, Nic, Qemu, Vm, Vmm, VmmError, assets::Assets};
 
@@ -28,8 +27,6 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 const ENTROPY: usize = 64;
 /// The longest line of the guest's log that is passed on, in bytes.
 const MAX_LOG_LINE: u64 = 8192;
-/// How much of what the VMM said at its end is told, in bytes.
-const MAX_LAST_WORDS: u64 = 2048;
 
 /// Why there is no sandbox.
 #[derive(Debug, Error)]
@@ -40,9 +37,6 @@ pub enum SandboxError {
     /// No machine.
     #[error(transparent)]
     Vmm(#[from] VmmError),
-    /// No share.
-    #[error(transparent)]
-    Share(#[from] ShareError),
     /// No network.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -84,7 +78,6 @@ pub struct Config {
 /// A booted VM whose agent answers.
 pub struct Sandbox {
     vm: Vm,
-    share: share::Daemon,
     /// The connection to the agent.
     pub agent: Agent,
 }
@@ -113,32 +106,29 @@ impl Sandbox {
     }
 
     async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
-        let mut program = own_program();
-        config.log.hand_down_as_stderr(&mut program).map_err(ShareError::Spawn)?;
-        end_with_owner(&mut program);
-        let mut share = share::spawn(program, &config.exports)?;
         let mut nics = Vec::new();
         for interface in &network.interfaces {
             let tap = network::attach(interface).await?;
             nics.push(Nic { tap: tap.fd, mac: tap.mac });
         }
-        log::stage("share and taps made");
+        log::stage("taps made");
         let mut vm = Qemu::new(Assets::find()).boot(Machine {
             accelerator,
             vcpus: config.size.vcpus,
             memory: config.size.memory,
-            share: share.connect()?,
+            exports: config.exports.clone(),
             nics,
             console: config.console.clone(),
+            log: config.log.clone(),
         })?;
         log::stage("vmm started");
         let configured = tokio::select! {
             configured = tokio::time::timeout(BOOT_LIMIT, configure(config, network, vm.channel.clone())) => configured,
-            reason = last_words(&mut vm) => return Err(SandboxError::Boot { accelerator, reason }),
+            reason = vm.ended() => return Err(SandboxError::Boot { accelerator, reason }),
         };
         let agent = match configured {
             Ok(Err(AgentError::Channel(_))) => {
-                let reason = match tokio::time::timeout(Duration::from_secs(5), last_words(&mut vm)).await {
+                let reason = match tokio::time::timeout(Duration::from_secs(5), vm.ended()).await {
                     Ok(reason) => reason,
                     Err(_) => "its agent closed the channel".to_owned(),
                 };
@@ -151,12 +141,12 @@ impl Sandbox {
             }
         };
         log::stage("guest ready");
-        Ok(Self { vm, share, agent })
+        Ok(Self { vm, agent })
     }
 
     /// The processes that make up the VM.
     pub fn processes(&self) -> Vec<ProcessIdentity> {
-        std::iter::once(self.vm.identity).chain(ProcessIdentity::of(self.share.pid())).collect()
+        self.vm.processes()
     }
 
     /// The way to the agent.
@@ -166,19 +156,7 @@ impl Sandbox {
 
     /// Waits until the VM is no more; why, as a clause.
     pub async fn ended(&mut self) -> String {
-        tokio::select! {
-            reason = last_words(&mut self.vm) => reason,
-            () = ended(&self.share) => "its virtio-fs daemon ended".to_owned(),
-        }
-    }
-}
-
-async fn ended(share: &share::Daemon) {
-    // Where the descriptor cannot be watched, the VMM shows the end: it does not outlive its share's connection for long.
-    // SAFETY: the descriptor stays open and the same as long as `share` is borrowed, which outlives the registration.
-    match unsafe { AsyncFd::register_with_interest(share.pidfd(), Interest::READABLE) } {
-        Ok(pidfd) => drop(pidfd.readable().await),
-        Err(_) => std::future::pending().await,
+        self.vm.ended().await
     }
 }
 
@@ -238,22 +216,5 @@ async fn pass_on_log(agent: Agent) {
             _ if stage.is_empty() => tracing::debug!(guest_us, "guest: {message}"),
             _ => tracing::debug!(guest_us, stage, mono_us = log::monotonic_us(), "guest: {message}"),
         }
-    }
-}
-
-/// Waits for the VMM's end; how it ended and what it said.
-async fn last_words(vm: &mut Vm) -> String {
-    let status = vm.process.wait().await;
-    let mut said = Vec::new();
-    if let Some(stderr) = vm.process.stderr.take() {
-        let mut stderr = stderr.take(MAX_LAST_WORDS);
-        // A descendant may hold the pipe open: what is there is read, no more is waited for.
-        let _ = tokio::time::timeout(Duration::from_secs(1), stderr.read_to_end(&mut said)).await;
-    }
-    let said = String::from_utf8_lossy(&said).replace(char::is_control, " ");
-    match status {
-        Ok(status) if said.trim().is_empty() => format!("the VMM ended ({status})"),
-        Ok(status) => format!("the VMM ended ({status}): {}", said.trim()),
-        Err(error) => format!("the VMM cannot be waited for: {error}"),
     }
 }

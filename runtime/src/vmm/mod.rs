@@ -11,13 +11,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest};
 use tokio::process::Child;
 
 use crate::host::process::ProcessIdentity;
+use crate::log;
+use crate::share::{self, Export, ShareError};
 use probe::Accelerator;
 pub use qemu::Qemu;
 
@@ -30,12 +34,14 @@ pub struct Machine {
     pub vcpus: u32,
     /// Memory in bytes, a multiple of 1 MiB.
     pub memory: u64,
-    /// The virtio-fs daemon's vhost-user connection.
-    pub share: OwnedFd,
+    /// The host's files that the guest sees.
+    pub exports: Vec<Export>,
     /// Network devices.
     pub nics: Vec<Nic>,
     /// Where the guest's console goes; none makes the fastest start.
     pub console: Option<PathBuf>,
+    /// Where the VM's processes log.
+    pub log: log::Options,
 }
 
 /// A network device over a tap of the host.
@@ -61,6 +67,9 @@ pub enum VmmError {
         /// The distribution's package that has it.
         package: &'static str,
     },
+    /// The files cannot be shared.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// The VMM cannot be started.
     #[error("cannot start the VMM")]
     Start(#[source] io::Error),
@@ -75,14 +84,62 @@ pub trait Vmm: Send + Sync {
     fn boot(&self, machine: Machine) -> Result<Vm, VmmError>;
 }
 
-/// A running machine.
+/// A running machine. It ends when this is dropped, and with the thread that booted it.
 pub struct Vm {
     /// The VMM's process.
-    pub process: Child,
-    /// The same, for records.
-    pub identity: ProcessIdentity,
+    process: Child,
+    identity: ProcessIdentity,
+    /// Serves the files, where that is not the VMM's own business.
+    share: Option<share::Daemon>,
     /// The way to its agent.
     pub channel: Arc<dyn Channel>,
+}
+
+/// How much of what the VMM said at its end is told, in bytes.
+const MAX_LAST_WORDS: u64 = 2048;
+
+impl Vm {
+    /// The processes that make it up.
+    pub fn processes(&self) -> Vec<ProcessIdentity> {
+        let share = self.share.as_ref().and_then(|share| ProcessIdentity::of(share.pid()));
+        std::iter::once(self.identity).chain(share).collect()
+    }
+
+    /// Waits until it is no more; why, as a clause.
+    pub async fn ended(&mut self) -> String {
+        let Self { process, share, .. } = self;
+        tokio::select! {
+            reason = last_words(process) => reason,
+            () = share_ended(share.as_ref()) => "its virtio-fs daemon ended".to_owned(),
+        }
+    }
+}
+
+async fn share_ended(share: Option<&share::Daemon>) {
+    let Some(share) = share else { return std::future::pending().await };
+    // Where the descriptor cannot be watched, the VMM shows the end: it does not outlive its share's connection for long.
+    // SAFETY: the descriptor stays open and the same as long as `share` is borrowed, which outlives the registration.
+    match unsafe { AsyncFd::register_with_interest(share.pidfd(), Interest::READABLE) } {
+        Ok(pidfd) => drop(pidfd.readable().await),
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Waits for the VMM's end; how it ended and what it said.
+async fn last_words(process: &mut Child) -> String {
+    let status = process.wait().await;
+    let mut said = Vec::new();
+    if let Some(stderr) = process.stderr.take() {
+        let mut stderr = stderr.take(MAX_LAST_WORDS);
+        // A descendant may hold the pipe open: what is there is read, no more is waited for.
+        let _ = tokio::time::timeout(Duration::from_secs(1), stderr.read_to_end(&mut said)).await;
+    }
+    let said = String::from_utf8_lossy(&said).replace(char::is_control, " ");
+    match status {
+        Ok(status) if said.trim().is_empty() => format!("the VMM ended ({status})"),
+        Ok(status) => format!("the VMM ended ({status}): {}", said.trim()),
+        Err(error) => format!("the VMM cannot be waited for: {error}"),
+    }
 }
 
 /// Any number of byte streams to the agent.

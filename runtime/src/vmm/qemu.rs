@@ -18,7 +18,8 @@ use tokio::process::Command;
 use super::assets::Assets;
 use super::probe::{Accelerator, Kvm};
 use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError};
-use crate::host::process::{ProcessIdentity, end_with_owner};
+use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
+use crate::share;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 /// The first descriptor number that QEMU gets for its connections; those below are its stdio.
@@ -50,11 +51,12 @@ impl Vmm for Qemu {
         if !Self::installed() {
             return Err(VmmError::Program { program: PROGRAM, package: "qemu-system-x86" });
         }
+        let mut share = spawn_share(&machine)?;
         let (ours, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
         let mut arguments = Arguments::default();
         arguments.machine(&machine, &kernel, &initramfs);
         arguments.channel(theirs.into());
-        arguments.share(machine.share);
+        arguments.share(share.connect()?);
         for nic in machine.nics {
             arguments.nic(nic.tap, nic.mac);
         }
@@ -79,8 +81,15 @@ impl Vmm for Qemu {
                 tracing::debug!("the channel to the guest ended: {error}");
             }
         });
-        Ok(Vm { process, identity, channel: Arc::new(SerialChannel(opener)) })
+        Ok(Vm { process, identity, share: Some(share), channel: Arc::new(SerialChannel(opener)) })
     }
+}
+
+fn spawn_share(machine: &Machine) -> Result<share::Daemon, VmmError> {
+    let mut program = own_program();
+    machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
+    end_with_owner(&mut program);
+    Ok(share::spawn(program, &machine.exports)?)
 }
 
 /// Streams over the one virtio-serial port.
@@ -226,17 +235,18 @@ fn processor_khz() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log;
     use std::os::fd::AsRawFd as _;
 
     fn machine(accelerator: Accelerator, console: Option<&str>) -> Machine {
-        let (share, _) = UnixStream::pair().unwrap();
         Machine {
             accelerator,
             vcpus: 2,
             memory: 512 << 20,
-            share: share.into(),
+            exports: Vec::new(),
             nics: Vec::new(),
             console: console.map(Into::into),
+            log: log::Options::default(),
         }
     }
 
