@@ -130,6 +130,9 @@ impl VirtQueue {
     /// [`DeviceError::Queue`].
     pub fn push_all(&mut self, memory: &Memory, used: &[(u16, u32)]) -> Result<(), DeviceError> {
         let Some((&(last, written), others)) = used.split_last() else { return Ok(()) };
+        if used.iter().any(|&(head, _)| head >= self.queue.size()) {
+            return Err(self.malformed()(Error::InvalidDescriptorIndex));
+        }
         let mut position = self.queue.next_used();
         for &(head, written) in others {
             self.write_used(memory, position, head, written).map_err(self.malformed())?;
@@ -142,9 +145,6 @@ impl VirtQueue {
 
     /// Writes an element of the used ring, which the driver does not look at until the ring's index passes it.
     fn write_used(&self, memory: &Memory, position: u16, head: u16, written: u32) -> Result<(), Error> {
-        if head >= self.queue.size() {
-            return Err(Error::InvalidDescriptorIndex);
-        }
         let offset = 4 + 8 * u64::from(position % self.queue.size());
         let place = self.queue.used_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
         let element = u64::from(written) << 32 | u64::from(head);
@@ -215,5 +215,37 @@ impl VirtQueue {
     fn malformed(&self) -> impl Fn(Error) -> DeviceError + use<> {
         let queue = self.index;
         move |reason| DeviceError::Queue { queue, reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::virtio::driver::{Driver, Piece};
+    use crate::virtio::rng::Rng;
+
+    #[test]
+    fn chains_that_go_back_together_are_seen_together() {
+        let mut driver = Driver::new(&Rng);
+        let heads: Vec<_> = (0..4).map(|_| driver.put(0, &[Piece::Writable(1)]).head).collect();
+        let memory = driver.io.memory.clone();
+        let queue = &mut driver.io.queues[0];
+        while queue.pop(&memory).unwrap().is_some() {}
+        // An impossible one among them, wherever it is, and the driver sees none.
+        for bad in [[16, heads[1]], [heads[0], u16::MAX]] {
+            assert!(queue.push_all(&memory, &bad.map(|head| (head, 1))).is_err());
+        }
+        queue.notify(&memory).unwrap();
+        assert!(!driver.interrupt.line().clear());
+        assert_eq!(driver.used(0), None);
+
+        let queue = &mut driver.io.queues[0];
+        queue.push_all(&memory, &[]).unwrap();
+        queue.push_all(&memory, &[(heads[0], 5), (heads[1], 6), (heads[2], 7)]).unwrap();
+        queue.push(&memory, heads[3], 8).unwrap();
+        queue.notify(&memory).unwrap();
+        assert!(driver.interrupt.line().clear());
+        for (head, written) in heads.into_iter().zip(5..) {
+            assert_eq!(driver.used(0), Some((head, written)));
+        }
     }
 }
