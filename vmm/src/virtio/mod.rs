@@ -13,6 +13,7 @@ pub mod fs;
 mod interrupt;
 mod poller;
 mod queue;
+pub mod rng;
 #[cfg(test)]
 mod tests;
 pub mod transport;
