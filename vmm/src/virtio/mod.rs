@@ -11,6 +11,7 @@ mod config;
 pub mod driver;
 pub mod fs;
 mod interrupt;
+pub mod net;
 mod poller;
 mod queue;
 pub mod rng;
