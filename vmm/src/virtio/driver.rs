@@ -6,7 +6,8 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 use super::{Device, Interrupt, Io, Poller, VirtQueue};
 use crate::{Event, Memory};
 
-const MEMORY: usize = 8 << 20;
+/// How many bytes of memory a driver uses for its queues and buffers.
+pub const MEMORY: usize = 8 << 20;
 /// Queues are this far apart, the first at 0.
 const STRIDE: u64 = 0x1_0000;
 const AVAIL: u64 = 0x8000;
@@ -66,8 +67,12 @@ struct Ring {
 impl Driver {
     /// A driver with all the queues of `device`, with the features that it offers.
     pub fn new(device: &dyn Device) -> Self {
-        let memory: Memory =
-            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory for a test").into();
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("memory for a test");
+        Self::with_memory(device, memory.into())
+    }
+
+    /// A driver in this memory, of which it uses the first [`MEMORY`] bytes.
+    pub fn with_memory(device: &dyn Device, memory: Memory) -> Self {
         let interrupt = Interrupt::new().expect("an event");
         let mut queues = Vec::new();
         let mut rings = Vec::new();

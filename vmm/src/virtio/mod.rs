@@ -5,6 +5,7 @@
 //! whenever the guest has filled a queue or a descriptor of the device is ready.
 
 pub mod block;
+pub mod balloon;
 pub mod buffers;
 mod config;
 #[cfg(any(test, feature = "driver"))]
