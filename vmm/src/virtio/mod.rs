@@ -4,8 +4,8 @@
 //! [`transport`] is the guest's side of it, the registers; the [`worker`] is ours, the thread that calls the device
 //! whenever the guest has filled a queue or a descriptor of the device is ready.
 
-pub mod block;
 pub mod balloon;
+pub mod block;
 pub mod buffers;
 mod config;
 #[cfg(any(test, feature = "driver"))]
