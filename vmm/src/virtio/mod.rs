@@ -19,6 +19,7 @@ pub mod rng;
 #[cfg(test)]
 mod tests;
 pub mod transport;
+pub mod vsock;
 pub mod worker;
 
 use std::io;
