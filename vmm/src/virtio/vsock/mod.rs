@@ -1,9 +1,9 @@
 //! Socket device: streams between Unix sockets of the host's and one port of the guest's, without a module of the
 //! host. Specification, section 5.10.
 //!
-//! Whoever connects to the device's Unix socket is connected to the guest's port, and bytes flow at once. The guest
+//! A stream that comes in by the device's [`Door`] is connected to the guest's port, and bytes flow at once. The guest
 //! opens no connections of its own. It only knocks: it asks once for its port's number on the host, and with that,
-//! though it is refused, says that it listens. Until then connections wait in the Unix socket's own queue.
+//! though it is refused, says that it listens. Until then streams wait before the door.
 //!
 //! Live streams cannot move to another process. A device that is restored tells the guest that its connections are
 //! gone, if it had any, and takes new ones once the guest has heard it.
@@ -16,7 +16,7 @@ mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 
 use rustix::event::epoll::EventFlags;
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,7 @@ use self::buffer::Buffer;
 use self::connection::Connection;
 use self::packet::{Header, Op, SIZE, STREAM};
 use super::{Chain, ConfigSpace, Device, DeviceError, Io, Kind, Poller, Ready, Served, VirtQueue};
+use crate::door::Door;
 use crate::{Event, Memory};
 
 /// The guest's address.
@@ -50,13 +51,13 @@ const MAX_REFUSALS: usize = 64;
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// Connections are registered under their ports, which are below.
-const LISTENER: u64 = 1 << 32;
+const DOOR: u64 = 1 << 32;
 /// Ports below are for services.
 const FIRST_PORT: u32 = 1024;
 
 /// The device.
 pub struct Vsock {
-    listener: UnixListener,
+    door: Door,
     guest_port: u32,
     knocked: Event,
     /// The guest has knocked.
@@ -99,15 +100,11 @@ struct Saved {
 }
 
 impl Vsock {
-    /// A device that connects what connects to `listener` to the guest's port of this number. `knocked` is raised
-    /// when the guest says that it listens there.
-    ///
-    /// # Errors
-    /// Where the listener cannot be made non-blocking.
-    pub fn new(listener: UnixListener, guest_port: u32, knocked: Event) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
-        Ok(Self {
-            listener,
+    /// A device that connects what comes in by `door` to the guest's port of this number. `knocked` is raised when the
+    /// guest says that it listens there.
+    pub fn new(door: Door, guest_port: u32, knocked: Event) -> Self {
+        Self {
+            door,
             guest_port,
             knocked,
             ready: false,
@@ -118,14 +115,14 @@ impl Vsock {
             next_port: FIRST_PORT,
             max_connections: MAX_CONNECTIONS,
             listening: false,
-        })
+        }
     }
 
     /// Takes connections as soon as the guest can.
     fn listen(&mut self, poller: &Poller) -> Result<(), DeviceError> {
         if self.ready && self.reset == Reset::None && !self.listening {
             poller
-                .add(&self.listener, LISTENER, EventFlags::IN | EventFlags::ET)
+                .add(&self.door, DOOR, EventFlags::IN | EventFlags::ET)
                 .map_err(DeviceError::host("wait for connections"))?;
             self.listening = true;
         }
@@ -134,13 +131,19 @@ impl Vsock {
 
     fn accept(&mut self, poller: &Poller) -> Result<(), DeviceError> {
         loop {
-            match self.listener.accept() {
-                Ok((stream, _)) if self.connections.len() < self.max_connections => self.connect(stream, poller)?,
-                Ok(_) => tracing::warn!("a connection to the guest is closed: there are too many"),
+            match self.door.admit() {
+                Ok(Some(stream)) if self.connections.len() < self.max_connections => self.connect(stream, poller)?,
+                Ok(Some(_)) => {
+                    tracing::warn!("a stream to the guest is closed: there are {} already", self.max_connections)
+                }
+                Ok(None) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => {
-                    tracing::warn!("cannot take a connection to the guest: {error}");
-                    return Ok(());
+                    tracing::warn!("cannot take a stream to the guest: {error}");
+                    // The one is lost, others may follow.
+                    if error.kind() != io::ErrorKind::InvalidData {
+                        return Ok(());
+                    }
                 }
             }
         }
@@ -369,7 +372,7 @@ impl Device for Vsock {
     }
 
     fn descriptor_ready(&mut self, io: &mut Io, ready: Ready) -> Result<(), DeviceError> {
-        if ready.token == LISTENER {
+        if ready.token == DOOR {
             self.accept(&io.poller)?;
         } else if let Ok(port) = u32::try_from(ready.token)
             && let Some(entry) = self.connections.get_mut(&port)

@@ -6,13 +6,15 @@ mod hostile;
 mod lifecycle;
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
-use tempfile::TempDir;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::connection::BUF_ALLOC;
 use super::packet::{NEITHER, NO_RECEIVE, NO_SEND};
 use super::*;
+use crate::door::hand_over;
 use crate::virtio::driver::{Driver, Piece, Request};
 
 const PORT: u32 = 77;
@@ -28,23 +30,23 @@ struct Guest {
     driver: Driver,
     knocked: Event,
     sentinel: Event,
-    folder: TempDir,
+    outside: OwnedFd,
     /// The receive buffers that the device has not used.
     offered: VecDeque<Request>,
 }
 
 impl Guest {
     fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
         let knocked = Event::new().unwrap();
-        let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
-        let mut device = Vsock::new(listener, PORT, knocked.try_clone().unwrap()).unwrap();
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (outside, inside) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+        let mut device = Vsock::new(Door::new(inside), PORT, knocked.try_clone().unwrap());
         let mut driver = Driver::new(&device);
         let sentinel = Event::new().unwrap();
         sentinel.raise();
         driver.io.poller.add(&sentinel, SENTINEL, EventFlags::IN).unwrap();
         device.start(&mut driver.io).unwrap();
-        Self { device, driver, knocked, sentinel, folder, offered: VecDeque::new() }
+        Self { device, driver, knocked, sentinel, outside, offered: VecDeque::new() }
     }
 
     /// One that has knocked, and offers as many receive buffers as it can.
@@ -145,7 +147,8 @@ impl Guest {
 
     /// A client of the host's.
     fn client(&mut self) -> UnixStream {
-        let client = UnixStream::connect(self.folder.path().join("socket")).unwrap();
+        let (client, theirs) = UnixStream::pair().unwrap();
+        hand_over(&self.outside, theirs).unwrap();
         client.set_nonblocking(true).unwrap();
         self.serve();
         client
