@@ -38,6 +38,8 @@ pub(crate) struct BootError {
 pub(crate) struct Parameters {
     /// `runvm.log=LEVEL`.
     pub(crate) log_level: LevelFilter,
+    /// `runvm.vsock=PORT`: the channel is vsock, on this port. Without it, it is the virtio-serial port.
+    pub(crate) vsock_port: Option<u32>,
 }
 
 impl Parameters {
@@ -47,9 +49,11 @@ impl Parameters {
     }
 
     fn parse(command_line: &str) -> Self {
-        let level =
-            command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix("runvm.log=")).next_back();
-        Self { log_level: level.and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO) }
+        let last = |name| command_line.split_ascii_whitespace().filter_map(|word| word.strip_prefix(name)).next_back();
+        Self {
+            log_level: last("runvm.log=").and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO),
+            vsock_port: last("runvm.vsock=").and_then(|port| port.parse().ok()),
+        }
     }
 }
 
@@ -136,5 +140,12 @@ mod tests {
         assert_eq!(Parameters::parse("runvm.log=debug runvm.log=warn").log_level, LevelFilter::WARN);
         assert_eq!(Parameters::parse("runvm.log=loud").log_level, LevelFilter::INFO);
         assert_eq!(Parameters::parse("").log_level, LevelFilter::INFO);
+    }
+
+    #[test]
+    fn the_channel_is_vsock_where_it_has_a_port() {
+        assert_eq!(Parameters::parse("quiet runvm.vsock=1 runvm.vsock=1023").vsock_port, Some(1023));
+        assert_eq!(Parameters::parse("runvm.vsock=").vsock_port, None);
+        assert_eq!(Parameters::parse("quiet").vsock_port, None);
     }
 }

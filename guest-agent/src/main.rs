@@ -18,6 +18,7 @@ mod serial;
 mod service;
 mod stdio;
 mod sync;
+mod vsock;
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -57,7 +58,8 @@ fn main() {
 
 fn boot() -> Result<Infallible, Box<dyn Error>> {
     boot::prepare()?;
-    log::init(boot::Parameters::load().log_level);
+    let parameters = boot::Parameters::load();
+    log::init(parameters.log_level);
     log::stage("agent main");
     boot::grant()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -66,13 +68,39 @@ fn boot() -> Result<Infallible, Box<dyn Error>> {
         let (dispatcher, _server) = Dispatcher::start(reaper.clone()).await?;
         tokio::select! {
             error = reaper.run() => Err(error.into()),
-            served = serve(Arc::new(dispatcher)) => served,
+            served = serve(Arc::new(dispatcher), parameters.vsock_port) => served,
         }
     })
 }
 
-/// Serves the channel, and after its end the next.
-async fn serve(dispatcher: Arc<Dispatcher>) -> Result<Infallible, Box<dyn Error>> {
+/// Serves the streams that the host opens, by whichever channel they come.
+async fn serve(dispatcher: Arc<Dispatcher>, vsock_port: Option<u32>) -> Result<Infallible, Box<dyn Error>> {
+    match vsock_port {
+        Some(port) => serve_vsock(dispatcher, port).await,
+        None => serve_serial(dispatcher).await,
+    }
+}
+
+async fn serve_vsock(dispatcher: Arc<Dispatcher>, port: u32) -> Result<Infallible, Box<dyn Error>> {
+    let listener = vsock::Listener::bind(port)?;
+    log::stage("channel ready");
+    let accepting = async {
+        loop {
+            match listener.accept().await {
+                Ok(stream) => {
+                    let dispatcher = dispatcher.clone();
+                    tokio::spawn(async move { dispatcher.serve(stream).await });
+                }
+                Err(error) => return Err::<Infallible, _>(error),
+            }
+        }
+    };
+    let ((), never) = tokio::try_join!(vsock::knock(port), accepting)?;
+    Ok(never)
+}
+
+/// Serves the serial port, and after its end the next.
+async fn serve_serial(dispatcher: Arc<Dispatcher>) -> Result<Infallible, Box<dyn Error>> {
     loop {
         let serial = Serial::open().await?;
         log::stage("channel ready");

@@ -1,7 +1,8 @@
 //! The wire between runvm on the host and its agent in the guest.
 //!
 //! There is one channel to a guest, and any number of byte streams on it, each opened by the host for one
-//! of the [`ports`]. Where the machine offers a single serial line, [`mux`] makes streams of it.
+//! of the [`ports`]. Where the machine has a socket device, each is a connection to [`VSOCK_PORT`]; where it offers
+//! a single serial line, [`mux`] makes streams of it.
 //!
 //! The two ends do not trust each other: whatever is read here has a bound.
 
@@ -23,6 +24,11 @@ pub mod agent_ttrpc {
 
 /// The virtio-serial port, as `/sys/class/virtio-ports/*/name` shows it, that carries the channel.
 pub const SERIAL_PORT_NAME: &str = "runvm.agent";
+
+/// The vsock port of the guest that carries the channel where the machine has a socket device: each connection of the
+/// host's is one stream. The guest connects once to the same port of the host's, and is refused, to say that it listens.
+/// The number is a privileged one, which only the guest's root may take.
+pub const VSOCK_PORT: u32 = 1023;
 
 /// The virtio-fs tag of the share.
 pub const SHARE_TAG: &str = "runvm";
