@@ -14,7 +14,7 @@ use rustix::net::{
 /// What travels with a descriptor, as something has to.
 const LETTER: [u8; 1] = [0];
 
-/// The end of a non-blocking packet socket where streams arrive.
+/// The end of a non-blocking socket where streams arrive.
 #[derive(Debug)]
 pub struct Door(OwnedFd);
 

@@ -9,7 +9,7 @@ use crate::container::{Changes, Create, Exec, ProcessSource};
 use crate::error::{Error, Result};
 use crate::log::{self, Format};
 use crate::monitor::{Globals, Options};
-use crate::vmm::probe::Wanted;
+use crate::vmm;
 
 const ROOT: &str = "/run/runvm";
 
@@ -44,9 +44,8 @@ pub struct Cli {
     /// Accepted for runc's sake; runvm needs root.
     #[arg(long, value_name = "WHEN", default_value = "auto", num_args = 0..=1, default_missing_value = "true")]
     rootless: String,
-    /// What runs the guests: KVM where it is usable, only KVM, or QEMU's translator.
-    #[arg(long, value_enum, default_value = "auto", env = "RUNVM_ACCEL", value_name = "ACCELERATOR")]
-    accel: Wanted,
+    #[command(flatten)]
+    vm: vmm::Options,
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,
@@ -58,7 +57,7 @@ impl Cli {
         Globals {
             root: self.root.clone(),
             log: log::Options { file: self.log.clone(), format: self.log_format, debug: self.debug },
-            accelerator: self.accel,
+            vm: self.vm,
             guest_console: self.guest_console.clone(),
         }
     }
@@ -161,6 +160,9 @@ pub enum Verb {
     /// The virtio-fs daemon of a VM; the monitor starts it.
     #[command(hide = true)]
     ShareDaemon,
+    /// The process of a VM; the monitor starts it.
+    #[command(hide = true)]
+    Vm,
 }
 
 /// How lists are printed.
@@ -316,7 +318,7 @@ impl MonitorArgs {
             folder: self.folder,
             bundle: self.bundle,
             console_socket: self.console_socket,
-            accelerator: globals.accelerator,
+            vm: globals.vm,
             log: globals.log.clone(),
             guest_console: globals.guest_console.clone(),
         }

@@ -61,7 +61,7 @@ pub fn check(globals: &Globals, json: bool) -> Result<u8> {
 }
 
 fn report(globals: &Globals) -> Report {
-    let choice = probe::choose(globals.accelerator);
+    let choice = probe::choose(globals.vm.accelerator);
     let assets = Assets::find();
     let mut requirements = vec![root(), kvm()];
     if let Ok(Choice { accelerator, .. }) = &choice {
@@ -71,7 +71,12 @@ fn report(globals: &Globals) -> Report {
         requirements.push(Requirement::new("guest kernel", true, assets.kernel(accelerator).map(shown), install));
         requirements.push(Requirement::new("guest initramfs", true, assets.initramfs().map(shown), install));
     }
-    requirements.extend([qemu(), device("tun device", "/dev/net/tun", "load the module tun"), cgroups()]);
+    let executes = choice.as_ref().map_or(Accelerator::Tcg, |choice| choice.accelerator);
+    requirements.extend([
+        qemu(globals.vm.needs_qemu(executes)),
+        device("tun device", "/dev/net/tun", "load the module tun"),
+        cgroups(),
+    ]);
     let (accelerator, reason) = match &choice {
         Ok(choice) => (choice.accelerator.to_string(), choice.reason.clone()),
         Err(error) => (String::new(), error.to_string()),
@@ -96,12 +101,12 @@ fn kvm() -> Requirement {
     Requirement::new("KVM", false, found, remedy)
 }
 
-fn qemu() -> Requirement {
+fn qemu(required: bool) -> Requirement {
     let found = match Qemu::installed() {
         true => Ok("in PATH".to_owned()),
         false => Err(VmmError::Program { program: "qemu-system-x86_64", package: "qemu-system-x86" }),
     };
-    Requirement::new("QEMU", true, found, "apt-get install qemu-system-x86")
+    Requirement::new("QEMU", required, found, "apt-get install qemu-system-x86: guests without KVM run under it")
 }
 
 fn device(name: &'static str, path: &str, remedy: &str) -> Requirement {

@@ -14,6 +14,7 @@ use clap::Parser as _;
 use crate::container;
 use crate::error::{Error, Result, sentence};
 use crate::monitor::{self, Globals};
+use crate::vmm::builtin;
 use crate::{log, share};
 use args::{Cli, Verb};
 
@@ -72,6 +73,7 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
         Verb::Monitor(args) => return Ok(monitor::main(&args.into_options(globals)).into()),
         Verb::ExecProxy { console_socket, id } => return Ok(container::proxy(globals, &id, console_socket).into()),
         Verb::ShareDaemon => return Ok(share::daemon_main()),
+        Verb::Vm => return Ok(builtin::process_main()),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

@@ -9,7 +9,7 @@ use super::handshake::{DESCRIPTOR, Started, ToOwner};
 use crate::error::{Error, Result};
 use crate::host::process::{ProcessIdentity, own_program};
 use crate::log;
-use crate::vmm::probe::Wanted;
+use crate::vmm;
 
 /// The options that come before every verb, and are handed down.
 #[derive(Clone, Debug)]
@@ -18,8 +18,8 @@ pub struct Globals {
     pub root: PathBuf,
     /// Where the log goes.
     pub log: log::Options,
-    /// The accelerator asked for.
-    pub accelerator: Wanted,
+    /// What is asked of the VM.
+    pub vm: vmm::Options,
     /// Where guests' consoles are written.
     pub guest_console: Option<PathBuf>,
 }
@@ -28,7 +28,8 @@ impl Globals {
     /// This program with these options.
     pub fn command(&self) -> Command {
         let mut command = own_program();
-        command.arg("--root").arg(&self.root).args(["--accel", self.accelerator.name()]);
+        command.arg("--root").arg(&self.root);
+        self.vm.hand_down(&mut command);
         self.log.hand_down(&mut command);
         if let Some(file) = &self.guest_console {
             command.arg("--guest-console").arg(file);

@@ -21,7 +21,7 @@ use crate::host::terminal;
 use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
-use crate::vmm::probe::Wanted;
+use crate::vmm;
 
 pub use attend::{KILLED, Process, attend};
 pub use handshake::{Owner, ToOwner};
@@ -43,8 +43,8 @@ pub struct Options {
     pub bundle: PathBuf,
     /// The socket that gets the terminal's master.
     pub console_socket: Option<PathBuf>,
-    /// The accelerator asked for.
-    pub accelerator: Wanted,
+    /// What is asked of the VM.
+    pub vm: vmm::Options,
     /// Where the log goes.
     pub log: log::Options,
     /// Where the guest's console is written.
@@ -132,7 +132,7 @@ async fn run(
     owner: &mut Owner,
 ) -> Result<u8> {
     let mut sandbox = Sandbox::boot(Config {
-        accelerator: options.accelerator,
+        vm: options.vm,
         size: Size::of(&bundle.spec),
         exports: guest.exports,
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),

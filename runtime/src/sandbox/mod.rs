@@ -17,7 +17,7 @@ use crate::log;
 use crate::network::{self, Network, NetworkError};
 use crate::share::Export;
 use crate::vmm::probe::{self, Accelerator, Choice, NoKvm, Wanted};
-use crate::vmm::{Channel, Machine, Nic, Qemu, Vm, Vmm, VmmError, assets::Assets};
+use crate::vmm::{self, Channel, Machine, Nic, Vm, VmmError};
 
 pub use size::Size;
 
@@ -59,8 +59,8 @@ pub enum SandboxError {
 /// What a sandbox is made of.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The accelerator asked for.
-    pub accelerator: Wanted,
+    /// What is asked of the VM.
+    pub vm: vmm::Options,
     /// Processors and memory.
     pub size: Size,
     /// The host's files.
@@ -88,13 +88,13 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError`]; then nothing of the VM is left.
     pub async fn boot(config: Config) -> Result<Self, SandboxError> {
-        let choice = probe::choose(config.accelerator)?;
+        let choice = probe::choose(config.vm.accelerator)?;
         log::stage("probed");
         let network = network::scan().await?;
         log::stage("network scanned");
         let failure = match Self::boot_with(&config, &network, choice.accelerator).await {
             Err(SandboxError::Boot { reason, .. })
-                if config.accelerator == Wanted::Auto && choice.accelerator != Accelerator::Tcg =>
+                if config.vm.accelerator == Wanted::Auto && choice.accelerator != Accelerator::Tcg =>
             {
                 reason
             }
@@ -112,7 +112,7 @@ impl Sandbox {
             nics.push(Nic { tap: tap.fd, mac: tap.mac });
         }
         log::stage("taps made");
-        let mut vm = Qemu::new(Assets::find()).boot(Machine {
+        let vm = config.vm.backend(accelerator).boot(Machine {
             accelerator,
             vcpus: config.size.vcpus,
             memory: config.size.memory,
@@ -120,7 +120,11 @@ impl Sandbox {
             nics,
             console: config.console.clone(),
             log: config.log.clone(),
-        })?;
+        });
+        let mut vm = match vm {
+            Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
+            vm => vm?,
+        };
         log::stage("vmm started");
         let configured = tokio::select! {
             configured = tokio::time::timeout(BOOT_LIMIT, configure(config, network, vm.channel.clone())) => configured,

@@ -6,7 +6,6 @@
 
 use std::os::fd::OwnedFd;
 
-use nix::libc;
 use nix::sys::resource::{Resource, setrlimit};
 use rustix::process::Signal;
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -25,15 +24,10 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
 
-/// Dies with the parent, and closes what came from it: first, so that there is nothing to lose.
-/// Returns what was stdin.
-pub(super) fn begin() -> Result<OwnedFd, SetupError> {
+/// Dies with the parent, and gives up its stdin, which is returned.
+pub(crate) fn begin() -> Result<OwnedFd, SetupError> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(step("tie the process to its parent"))?;
-    // SAFETY: nothing in this process holds a descriptor above stderr yet.
-    if unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } != 0 {
-        return Err(step("close inherited descriptors")(std::io::Error::last_os_error()));
-    }
     let control = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(step("take stdin"))?;
     let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
     null.and_then(rustix::stdio::dup2_stdin).map_err(step("open /dev/null"))?;
@@ -41,10 +35,14 @@ pub(super) fn begin() -> Result<OwnedFd, SetupError> {
     Ok(control)
 }
 
-/// Gives up what is left. Threads that are to be confined start after this.
-pub(super) fn finish() -> Result<(), SetupError> {
+/// Gives up what serving files does not need. Threads that are to be confined start after this.
+pub(crate) fn drop_privileges() -> Result<(), SetupError> {
     drop_capabilities().map_err(step("drop capabilities"))?;
-    rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))?;
+    rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))
+}
+
+/// Leaves the daemon the system calls that it needs.
+pub(super) fn restrict_system_calls() -> Result<(), SetupError> {
     enable_seccomp(SeccompAction::Kill, false).map_err(|error| SetupError::Serve(error.to_string()))
 }
 

@@ -8,7 +8,7 @@
 //!
 //! What a guest can do to the host through here, and what bounds it, is said in `confine` and `serve`.
 
-mod confine;
+pub(crate) mod confine;
 mod control;
 mod log;
 mod serve;
@@ -21,6 +21,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
+
+pub(crate) use serve::enter;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};

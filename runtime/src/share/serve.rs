@@ -17,7 +17,7 @@ use virtiofsd::vhost_user::{VhostUserFsBackend, VhostUserFsBackendBuilder};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::tree::step;
-use super::{SetupError, confine, control, log, tree};
+use super::{Export, SetupError, confine, control, log, tree};
 
 /// How long the guest may believe what it knows of names and attributes: as long as a change on the host takes to
 /// be seen. File contents are kept (hence the policy "always") until the time of the last change or the size that is
@@ -48,7 +48,6 @@ type Server = VhostUserDaemon<Arc<VhostUserFsBackend<PassthroughFs>>>;
 
 /// Runs the daemon from its first moment to the VMM's last. What goes wrong is told to the parent.
 pub(super) fn run() -> Result<(), SetupError> {
-    log::init();
     let control = UnixStream::from(confine::begin()?);
     let (server, reply) = match prepare(&control) {
         Ok((server, client)) => (Ok(server), Ok(client)),
@@ -62,14 +61,24 @@ pub(super) fn run() -> Result<(), SetupError> {
 
 fn prepare(control: &UnixStream) -> Result<(Server, OwnedFd), SetupError> {
     let exports = control::receive_exports(control).map_err(step("read the exports"))?;
-    let descriptor_limit = setup_rlimit_nofile(None).map_err(SetupError::Serve)?;
-    let own_descriptors = tree::own_descriptors()?;
-    tree::enter(&exports)?;
+    let file_system = enter(&exports)?;
     let (listener, client) = connection().map_err(step("make the vhost-user socket"))?;
-    let file_system = PassthroughFs::new(config(own_descriptors, descriptor_limit)?).map_err(step("open the share"))?;
-    confine::finish()?;
+    confine::drop_privileges()?;
+    confine::restrict_system_calls()?;
     let server = start(file_system, listener)?;
     Ok((server, client))
+}
+
+/// Makes the tree of these exports the whole file system of this process, in namespaces of its own, ready to be served.
+///
+/// # Errors
+/// What could not be shared.
+pub(crate) fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
+    log::init();
+    let descriptor_limit = setup_rlimit_nofile(None).map_err(SetupError::Serve)?;
+    let own_descriptors = tree::own_descriptors()?;
+    tree::enter(exports)?;
+    PassthroughFs::new(config(own_descriptors, descriptor_limit)?).map_err(step("open the share"))
 }
 
 /// A listener, and its one client waiting. The name is in this process's own network namespace: nobody else can

@@ -4,6 +4,9 @@
 //! ends with its owner, and a [`Channel`] to the agent inside.
 
 pub mod assets;
+pub mod builtin;
+mod options;
+mod parameters;
 pub mod probe;
 mod qemu;
 
@@ -22,6 +25,8 @@ use tokio::process::Child;
 use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::share::{self, Export, ShareError};
+pub use builtin::Builtin;
+pub use options::Options;
 use probe::Accelerator;
 pub use qemu::Qemu;
 
@@ -70,6 +75,12 @@ pub enum VmmError {
     /// The files cannot be shared.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// The built-in VMM has no machine for this guest; why, as a clause.
+    #[error("there is no machine: {0}")]
+    Machine(String),
+    /// The built-in VMM is for KVM alone.
+    #[error("the built-in VMM needs KVM: use `--vmm qemu`, or leave the choice to runvm")]
+    NotKvm,
     /// The VMM cannot be started.
     #[error("cannot start the VMM")]
     Start(#[source] io::Error),
@@ -91,9 +102,13 @@ pub struct Vm {
     identity: ProcessIdentity,
     /// Serves the files, where that is not the VMM's own business.
     share: Option<share::Daemon>,
+    words: Words,
     /// The way to its agent.
     pub channel: Arc<dyn Channel>,
 }
+
+/// What a VMM says at its end, to be read once it has ended.
+type Words = Option<Box<dyn AsyncRead + Send + Sync + Unpin>>;
 
 /// How much of what the VMM said at its end is told, in bytes.
 const MAX_LAST_WORDS: u64 = 2048;
@@ -107,9 +122,9 @@ impl Vm {
 
     /// Waits until it is no more; why, as a clause.
     pub async fn ended(&mut self) -> String {
-        let Self { process, share, .. } = self;
+        let Self { process, share, words, .. } = self;
         tokio::select! {
-            reason = last_words(process) => reason,
+            reason = last_words(process, words) => reason,
             () = share_ended(share.as_ref()) => "its virtio-fs daemon ended".to_owned(),
         }
     }
@@ -126,13 +141,13 @@ async fn share_ended(share: Option<&share::Daemon>) {
 }
 
 /// Waits for the VMM's end; how it ended and what it said.
-async fn last_words(process: &mut Child) -> String {
+async fn last_words(process: &mut Child, words: &mut Words) -> String {
     let status = process.wait().await;
     let mut said = Vec::new();
-    if let Some(stderr) = process.stderr.take() {
-        let mut stderr = stderr.take(MAX_LAST_WORDS);
+    if let Some(words) = words.take() {
+        let mut words = words.take(MAX_LAST_WORDS);
         // A descendant may hold the pipe open: what is there is read, no more is waited for.
-        let _ = tokio::time::timeout(Duration::from_secs(1), stderr.read_to_end(&mut said)).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), words.read_to_end(&mut said)).await;
     }
     let said = String::from_utf8_lossy(&said).replace(char::is_control, " ");
     match status {

@@ -1,7 +1,6 @@
 //! QEMU's microvm machine: virtio-mmio devices only, and no firmware to wait for.
 
 use std::env;
-use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -17,7 +16,7 @@ use tokio::process::Command;
 
 use super::assets::Assets;
 use super::probe::{Accelerator, Kvm};
-use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError};
+use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError, parameters};
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
 use crate::share;
 
@@ -69,7 +68,7 @@ impl Vmm for Qemu {
         end_with_owner(command.as_std_mut());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command.kill_on_drop(true);
-        let process = command.spawn().map_err(VmmError::Start)?;
+        let mut process = command.spawn().map_err(VmmError::Start)?;
         let identity = process.id().and_then(ProcessIdentity::of);
         let identity = identity.ok_or_else(|| VmmError::Start(io::Error::other("it ended at once")))?;
 
@@ -81,7 +80,8 @@ impl Vmm for Qemu {
                 tracing::debug!("the channel to the guest ended: {error}");
             }
         });
-        Ok(Vm { process, identity, share: Some(share), channel: Arc::new(SerialChannel(opener)) })
+        let words = process.stderr.take().map(|stderr| Box::new(stderr) as Box<_>);
+        Ok(Vm { process, identity, share: Some(share), words, channel: Arc::new(SerialChannel(opener)) })
     }
 }
 
@@ -161,7 +161,7 @@ impl Arguments {
             "-initrd",
             &initramfs.to_string_lossy(),
             "-append",
-            &command_line(machine),
+            &parameters::qemu(machine),
             "-object",
             "rng-builtin,id=rng",
             "-device",
@@ -207,48 +207,10 @@ impl Arguments {
     }
 }
 
-/// The guest kernel's command line; docs/kernel.md has what each word saves.
-fn command_line(machine: &Machine) -> String {
-    let mut words =
-        vec!["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on", "dummy.numdummies=0"];
-    if machine.console.is_some() {
-        words.extend(["console=ttyS0", "runvm.log=debug"]);
-    } else {
-        words.push("quiet");
-    }
-    let khz = processor_khz();
-    let clock = format!("tsc_early_khz={khz} lpj={} no_timer_check", khz * 4);
-    if machine.accelerator == Accelerator::Tcg && khz > 0 {
-        // Otherwise the guest measures its clock against the PIT, and fails on a busy host.
-        words.push(&clock);
-    }
-    words.join(" ")
-}
-
-/// The host's clock rate in kHz, which TCG shows its guests as the TSC's; 0 where it is not known.
-fn processor_khz() -> u64 {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mhz = info.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok());
-    mhz.map_or(0, |mhz| (mhz * 1000.0) as u64)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::log;
     use std::os::fd::AsRawFd as _;
-
-    fn machine(accelerator: Accelerator, console: Option<&str>) -> Machine {
-        Machine {
-            accelerator,
-            vcpus: 2,
-            memory: 512 << 20,
-            exports: Vec::new(),
-            nics: Vec::new(),
-            console: console.map(Into::into),
-            log: log::Options::default(),
-        }
-    }
 
     #[test]
     fn each_descriptor_gets_a_number_of_its_own() {
@@ -261,13 +223,5 @@ mod tests {
         assert!(line.contains("mac=02:00:00:00:00:ff"), "{line}");
         assert_eq!(arguments.descriptors.len(), 2);
         assert!(arguments.descriptors.iter().all(|mapping| mapping.parent_fd.as_raw_fd() >= 0));
-    }
-
-    #[test]
-    fn the_console_costs_nothing_unless_it_is_asked_for() {
-        let quiet = command_line(&machine(Accelerator::Kvm(Kvm::Pvm), None));
-        assert!(quiet.contains("quiet") && !quiet.contains("console="), "{quiet}");
-        let loud = command_line(&machine(Accelerator::Tcg, Some("/tmp/console")));
-        assert!(loud.contains("console=ttyS0") && !loud.contains("quiet"), "{loud}");
     }
 }

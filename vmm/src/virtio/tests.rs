@@ -90,6 +90,7 @@ fn a_device_is_found_started_served_and_reset() {
     let mut transport = transport(&driver.io.memory);
     assert_eq!(read(&mut transport, 0), u32::from_le_bytes(*b"virt"));
     assert_eq!((read(&mut transport, 4), read(&mut transport, 8)), (2, 4));
+    assert_eq!((read(&mut transport, 0xb0), read(&mut transport, 0xb4)), (u32::MAX, u32::MAX));
     start(&mut transport);
     for round in 0..40u8 {
         let request = driver.put(0, &[Piece::Readable(&[round]), Piece::Writable(1)]);

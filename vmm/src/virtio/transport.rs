@@ -165,6 +165,8 @@ impl Transport {
             0x044 => self.selected().map_or(0, |queue| u32::from(queue.ready())),
             0x060 => self.interrupt.reasons(),
             0x070 => self.status(),
+            // No device has shared memory: the length and the address of each region are all ones.
+            0x0b0 | 0x0b4 | 0x0b8 | 0x0bc => u32::MAX,
             0x0fc => self.config.generation(),
             _ => 0,
         }
