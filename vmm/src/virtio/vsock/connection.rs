@@ -19,10 +19,6 @@ use super::{GUEST_CID, HOST_CID};
 /// How many bytes of the guest's are kept for a stream that does not take them.
 pub(super) const BUF_ALLOC: u32 = 256 * 1024;
 
-/// After how many bytes the guest learns that they have left: seldom, as each time costs an interrupt, and before it
-/// has to wait.
-const TELL_AFTER: u32 = BUF_ALLOC / 2;
-
 /// How far a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -252,8 +248,12 @@ impl Connection {
         self.may_read() && self.credit() == 0 && !self.asked_for_credit
     }
 
+    /// Whether the guest has to learn how many bytes have left: seldom, as each time costs an interrupt, and before it
+    /// has to wait. Linux has no more on the way than it would itself take.
     fn owes_credit(&self) -> bool {
-        self.credit_requested || self.forwarded.wrapping_sub(self.told_forwarded) >= TELL_AFTER
+        let untold = self.forwarded.wrapping_sub(self.told_forwarded);
+        let window = BUF_ALLOC.min(self.guest_buf_alloc);
+        self.credit_requested || untold > 0 && untold >= window / 2
     }
 
     /// Whether the packet is what it says, and no more than the guest was told there is room for.

@@ -115,6 +115,19 @@ fn the_guest_learns_of_room_when_a_reader_goes_on() {
 }
 
 #[test]
+fn a_guest_with_a_small_window_does_not_wait_in_vain() {
+    let mut guest = Guest::ready();
+    let (mut client, port) = guest.connected();
+    for (buf_alloc, told) in [(1000, Some(500)), (1001, Some(1000)), (1002, None), (0, Some(2000))] {
+        guest.send(Header { buf_alloc, ..packet(port, Op::Data) }, &[7; 500]);
+        assert_eq!(read(&mut client).0.len(), 500);
+        assert_eq!(guest.receive().first().map(|(header, _)| header.fwd_cnt), told, "{buf_alloc}");
+    }
+    guest.send(Header { buf_alloc: 0, ..packet(port, Op::CreditUpdate) }, &[]);
+    assert_eq!(guest.receive(), [], "it knows");
+}
+
+#[test]
 fn the_host_ends_its_half_behind_its_last_byte() {
     let mut guest = Guest::ready();
     let (mut client, port) = guest.connected();
