@@ -78,10 +78,11 @@ impl Network {
         let mut renamed = Vec::new();
         for interface in interfaces {
             check_name(&interface.name)?;
-            let link = links.iter().find(|link| link.mac == interface.mac).ok_or_else(|| NetworkError::NoDevice {
-                name: interface.name.clone(),
-                mac: interface.mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":"),
-            })?;
+            let link =
+                links.iter().find(|link| link.mac == interface.device_mac).ok_or_else(|| NetworkError::NoDevice {
+                    name: interface.name.clone(),
+                    mac: interface.device_mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":"),
+                })?;
             if link.name == interface.name {
                 continue;
             }
@@ -108,7 +109,7 @@ impl Network {
         let name = &interface.name;
         let index = self.index_of(name).await?;
         set_ipv6(name, interface.ipv6)?;
-        let mut change = LinkUnspec::new_with_index(index).up();
+        let mut change = LinkUnspec::new_with_index(index).address(interface.mac.clone()).up();
         if interface.mtu != 0 {
             change = change.mtu(interface.mtu);
         }

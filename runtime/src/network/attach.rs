@@ -23,8 +23,6 @@ pub struct Tap {
     pub fd: OwnedFd,
     /// In the namespace.
     pub name: String,
-    /// What the guest's device is to have.
-    pub mac: [u8; 6],
 }
 
 /// Makes a tap that stands for an interface.
@@ -64,7 +62,7 @@ pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
             .await
             .map_err(NetworkError::netlink(format!("leave the resolver its answers on {}", interface.name)))?;
     }
-    Ok(Tap { fd, name, mac: interface.mac })
+    Ok(Tap { fd, name })
 }
 
 fn open_tap() -> io::Result<(OwnedFd, String)> {

@@ -55,6 +55,13 @@ pub struct Interface {
     pub ipv6: bool,
 }
 
+/// The MAC address that a VMM gives its network device with this index. The guest finds the device by it, and gives it the
+/// interface's own: a guest that is forked has the devices of the one that it was forked from.
+pub fn device_mac(index: usize) -> [u8; 6] {
+    // Locally administered. No guest has 256 devices.
+    [0x02, b'r', b'u', b'n', b'v', index as u8]
+}
+
 /// An address and how many of its bits name the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prefix {
@@ -141,7 +148,7 @@ fn netlink() -> Result<rtnetlink::Handle, NetworkError> {
 impl From<&Network> for agent::ConfigureNetworkRequest {
     fn from(network: &Network) -> Self {
         Self {
-            interfaces: network.interfaces.iter().map(Into::into).collect(),
+            interfaces: network.interfaces.iter().enumerate().map(|(index, interface)| interface.wire(index)).collect(),
             routes: network.routes.iter().map(Into::into).collect(),
             neighbours: network.neighbours.iter().map(Into::into).collect(),
             loopback_ipv6: network.loopback_ipv6,
@@ -150,13 +157,15 @@ impl From<&Network> for agent::ConfigureNetworkRequest {
     }
 }
 
-impl From<&Interface> for agent::Interface {
-    fn from(interface: &Interface) -> Self {
-        Self {
-            mac: interface.mac.to_vec(),
-            name: interface.name.clone(),
-            mtu: interface.mtu,
-            addresses: interface
+impl Interface {
+    /// What the guest is told of the interface with this index.
+    fn wire(&self, index: usize) -> agent::Interface {
+        agent::Interface {
+            device_mac: device_mac(index).to_vec(),
+            mac: self.mac.to_vec(),
+            name: self.name.clone(),
+            mtu: self.mtu,
+            addresses: self
                 .addresses
                 .iter()
                 .map(|address| agent::Address {
@@ -165,8 +174,8 @@ impl From<&Interface> for agent::Interface {
                     ..agent::Address::default()
                 })
                 .collect(),
-            ipv6: interface.ipv6,
-            ..Self::default()
+            ipv6: self.ipv6,
+            ..agent::Interface::default()
         }
     }
 }

@@ -107,9 +107,9 @@ impl Sandbox {
 
     async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
         let mut nics = Vec::new();
-        for interface in &network.interfaces {
+        for (index, interface) in network.interfaces.iter().enumerate() {
             let tap = network::attach(interface).await?;
-            nics.push(Nic { tap: tap.fd, mac: tap.mac });
+            nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
         log::stage("taps made");
         let vm = config.vm.backend(accelerator).boot(Machine {
