@@ -9,7 +9,7 @@ pub mod x86;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, Sender};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -122,12 +122,28 @@ pub enum End {
     Failed(String),
 }
 
+/// Where ends are told.
+#[derive(Clone)]
+struct Ends {
+    sender: Sender<End>,
+    told: Arc<Event>,
+}
+
+impl Ends {
+    fn send(&self, end: End) {
+        // Nobody may be waiting any more.
+        let _ = self.sender.send(end);
+        self.told.raise();
+    }
+}
+
 /// A machine. It ends when this is dropped.
 pub struct Machine {
     // Dropped in this order: nothing runs any more when the memory goes.
     vcpus: Vcpus,
     bus: Arc<Bus>,
     ends: Receiver<End>,
+    ended: Arc<Event>,
     vm: VmFd,
     memory: Memory,
     flavour: Flavour,
@@ -223,6 +239,11 @@ impl Machine {
         self.ends.recv().unwrap_or_else(|_| End::Failed("its processors' threads ended".to_owned()))
     }
 
+    /// Readable once it has ended, for those who wait for more than that.
+    pub fn ended(&self) -> &Event {
+        &self.ended
+    }
+
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
@@ -290,9 +311,20 @@ impl Parts {
     fn assemble(self) -> Result<Machine, MachineError> {
         let bus = Arc::new(Bus::new(self.devices, self.console));
         let (sender, ends) = mpsc::channel();
-        let vcpus = Vcpus::spawn(self.vcpus, bus.clone(), &self.confinement, &sender)
+        let event = Event::new().map_err(|source| MachineError::Host { step: "wait for its end", source })?;
+        let telling = Ends { sender, told: Arc::new(event) };
+        let vcpus = Vcpus::spawn(self.vcpus, bus.clone(), &self.confinement, &telling)
             .map_err(|source| MachineError::Host { step: "start the processors", source })?;
-        Ok(Machine { vcpus, bus, ends, vm: self.vm, memory: self.memory, flavour: self.flavour, msrs: self.msrs })
+        Ok(Machine {
+            vcpus,
+            bus,
+            ends,
+            ended: telling.told,
+            vm: self.vm,
+            memory: self.memory,
+            flavour: self.flavour,
+            msrs: self.msrs,
+        })
     }
 }
 

@@ -3,15 +3,14 @@
 use std::cell::Cell;
 use std::io;
 use std::ptr;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
 
-use super::End;
 use super::bus::Bus;
+use super::{End, Ends};
 use crate::virtio::worker::Confinement;
 
 /// The keyboard controller's port, and the byte that resets the machine.
@@ -87,7 +86,7 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts the threads, which wait. The first end of a processor is sent to `ends`.
-    pub fn spawn(vcpus: Vec<VcpuFd>, bus: Arc<Bus>, confinement: &Confinement, ends: &Sender<End>) -> io::Result<Self> {
+    pub fn spawn(vcpus: Vec<VcpuFd>, bus: Arc<Bus>, confinement: &Confinement, ends: &Ends) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), on_kick).map_err(io::Error::from)?;
         let gate = Arc::new(Gate { state: Mutex::new((Phase::Paused, 0)), changed: Condvar::new() });
         let mut all = Self { vcpus: Vec::new(), threads: Vec::new(), gate };
@@ -98,7 +97,7 @@ impl Vcpus {
             let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
                 if let Err(error) = confinement() {
                     // There is no machine without its processors.
-                    let _ = ends.send(End::Failed(format!("a processor's thread cannot be confined: {error}")));
+                    ends.send(End::Failed(format!("a processor's thread cannot be confined: {error}")));
                     gate.pass();
                     return;
                 }
@@ -145,7 +144,7 @@ impl Drop for Vcpus {
     }
 }
 
-fn attend(vcpu: &Mutex<VcpuFd>, bus: &Bus, gate: &Gate, ends: &Sender<End>) {
+fn attend(vcpu: &Mutex<VcpuFd>, bus: &Bus, gate: &Gate, ends: &Ends) {
     let flag = &raw mut vcpu.lock().unwrap_or_else(PoisonError::into_inner).get_kvm_run().immediate_exit;
     IMMEDIATE_EXIT.set(flag);
     while gate.pass() {
@@ -153,8 +152,7 @@ fn attend(vcpu: &Mutex<VcpuFd>, bus: &Bus, gate: &Gate, ends: &Sender<End>) {
         if let Some(end) = run(&mut vcpu, bus, gate) {
             drop(vcpu);
             gate.set(Phase::Paused);
-            // Nobody may be waiting any more.
-            let _ = ends.send(end);
+            ends.send(end);
         }
     }
     IMMEDIATE_EXIT.set(ptr::null_mut());
