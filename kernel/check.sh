@@ -45,9 +45,8 @@ is_pvm_host() {
     [[ -w /dev/kvm ]] && ! has_vmx_or_svm
 }
 
-# The guest sees half of its memory at first, and takes the other half itself. Its
-# arguments are environment variables: QEMU adds the devices at the line's end, so
-# "--" would hide them from the kernel.
+# The guest's arguments are environment variables: QEMU adds the devices at the
+# line's end, so "--" would hide them from the kernel.
 boot() {
     local kernel=$1 arguments=$2 khz output
     shift 2
@@ -61,7 +60,7 @@ boot() {
         -global virtio-mmio.force-legacy=false -device virtio-serial-device,max_ports=1 \
         -chardev stdio,id=console -device virtconsole,chardev=console \
         -kernel "$kernel" -initrd "$work/initramfs.cpio" \
-        -append "quiet console=hvc0 reboot=t panic=-1 noreplace-smp pci=off mem=128M \
+        -append "quiet console=hvc0 reboot=t panic=-1 noreplace-smp pci=off \
             tsc_early_khz=$khz lpj=$((khz * 4)) no_timer_check $arguments" </dev/null 2>&1) || true
     echo "$output"
     [[ $output == *"checked: "*" 0 missing"* ]] || die "$kernel does not have all that containers need"

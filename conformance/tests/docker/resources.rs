@@ -9,6 +9,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
     vec![
         case!(memory_beyond_the_limit_is_refused).tcg(),
         case!(memory_within_the_limit_is_there),
+        case!(memory_without_a_limit_is_shown_and_there),
         case!(a_container_killed_for_memory_says_so),
         case!(processor_time_is_limited).alone(),
         case!(processes_are_limited),
@@ -29,6 +30,15 @@ fn memory_within_the_limit_is_there(d: &Docker) -> Result<Outcome> {
     let script = "head -c 100m /dev/zero | tail -c 100m | wc -c";
     let output = d.sh("--memory 200m --memory-swap 200m", script).run()?;
     expect_equal("what was counted", output.text(), "104857600")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn memory_without_a_limit_is_shown_and_there(d: &Docker) -> Result<Outcome> {
+    // `dd` reads all of it into one buffer.
+    let script = "awk '/^Mem(Total|Available):/ { print ($2 > 1900000) }' /proc/meminfo
+                  dd if=/dev/zero of=/dev/null bs=1500M count=1 2>&1 | head -n 2";
+    let output = d.sh("", script).run()?;
+    expect_equal("what is shown and there", output.text(), "1\n1\n1+0 records in\n1+0 records out")?;
     Ok(Outcome::new().see_output("run", &output))
 }
 
