@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         huge_pages: env::var_os("SMALL").is_none(),
         devices: Vec::new(),
         console,
-        confinement: Arc::new(|| Ok(())),
+        confinement: Arc::new(|_| Ok(())),
     };
     let machine = Machine::boot(config, kernel)?;
     eprintln!("made after {:?}", begun.elapsed());

@@ -7,6 +7,7 @@
 //! Everything that a guest writes, into registers or into memory, is hostile: it can end or damage its own machine, and
 //! reach nothing beyond what its devices were given.
 
+pub mod confinement;
 pub mod door;
 mod event;
 pub mod machine;

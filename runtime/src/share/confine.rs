@@ -7,7 +7,7 @@
 use std::os::fd::OwnedFd;
 
 use nix::sys::resource::{Resource, setrlimit};
-use rustix::process::Signal;
+use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 
@@ -38,7 +38,15 @@ pub(crate) fn begin() -> Result<OwnedFd, SetupError> {
 /// Gives up what serving files does not need. Threads that are to be confined start after this.
 pub(crate) fn drop_privileges() -> Result<(), SetupError> {
     drop_capabilities().map_err(step("drop capabilities"))?;
+    // The guest's memory is this process's: it is in no core dump, and nobody else's to read but root's of the host.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))?;
     rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))
+}
+
+/// Leaves the calling thread no capability at all.
+pub(crate) fn drop_all_capabilities() -> rustix::io::Result<()> {
+    let none = CapabilitySet::empty();
+    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
 }
 
 /// Leaves the daemon the system calls that it needs.

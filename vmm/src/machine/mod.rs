@@ -17,9 +17,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 
+use crate::confinement::Confinement;
 use crate::virtio::Device;
 use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
-use crate::virtio::worker::Confinement;
 use crate::{Event, Memory};
 use bus::{Bus, Console, DEVICES, FIRST_INTERRUPT, Line, MAX_DEVICES, SERIAL_INTERRUPT};
 use memory::MemoryError;

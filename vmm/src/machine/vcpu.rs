@@ -11,7 +11,7 @@ use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
 
 use super::bus::Bus;
 use super::{End, Ends};
-use crate::virtio::worker::Confinement;
+use crate::confinement::{Confinement, Role};
 
 /// The keyboard controller's port, and the byte that resets the machine.
 const RESET: (u16, u8) = (0x64, 0xfe);
@@ -95,7 +95,7 @@ impl Vcpus {
             let (confinement, ends) = (confinement.clone(), ends.clone());
             let (ours, bus, gate) = (vcpu.clone(), bus.clone(), all.gate.clone());
             let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
-                if let Err(error) = confinement() {
+                if let Err(error) = confinement(Role::Vcpu) {
                     // There is no machine without its processors.
                     ends.send(End::Failed(format!("a processor's thread cannot be confined: {error}")));
                     gate.pass();

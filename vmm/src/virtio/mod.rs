@@ -98,8 +98,8 @@ impl DeviceError {
 
 /// A virtio device.
 ///
-/// All calls come from one thread at a time. None may wait for the guest, nor longer for the host than serving a request
-/// takes: while a device is busy, the machine cannot be paused.
+/// It is asked what it is first; all other calls come from its own thread. None may wait for the guest, nor longer for
+/// the host than serving a request takes: while a device is busy, the machine cannot be paused.
 pub trait Device: Send {
     /// What it is.
     fn kind(&self) -> Kind;

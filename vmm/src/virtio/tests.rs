@@ -46,7 +46,7 @@ impl Device for Inverter {
 }
 
 fn transport(memory: &Memory) -> Transport {
-    Transport::new(Box::new(Inverter), memory.clone(), Arc::new(|| Ok(()))).unwrap()
+    Transport::new(Box::new(Inverter), memory.clone(), Arc::new(|_| Ok(()))).unwrap()
 }
 
 fn read(transport: &mut Transport, offset: u64) -> u32 {

@@ -11,8 +11,9 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueState, QueueT as _};
 
-use super::worker::{Confinement, Worker};
+use super::worker::Worker;
 use super::{ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Poller, VirtQueue};
+use crate::confinement::Confinement;
 use crate::{Event, Memory};
 
 /// How much of the guest's address space a device's registers take.
@@ -42,6 +43,9 @@ pub enum TransportError {
     /// The device refuses the state, or cannot give its own.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// It panicked.
+    #[error("the device {0:?} is gone")]
+    Gone(Kind),
     /// What was saved is not of this device.
     #[error("the saved state of the device {0:?} is damaged: {1}")]
     State(Kind, &'static str),
@@ -250,7 +254,8 @@ impl Transport {
 
     fn reset(&mut self) {
         self.rest();
-        self.worker.device().reset();
+        // A device that panicked has nothing to forget.
+        let _ = self.worker.call(|device| device.reset());
         self.registers = Registers::default();
         self.interrupt.restore(0);
         self.queues.iter_mut().for_each(Queue::reset);
@@ -318,7 +323,7 @@ impl Transport {
             reasons: self.interrupt.reasons(),
             queues: self.queues.iter().map(|queue| SavedQueue(queue.state())).collect(),
             config: self.config.bytes(),
-            device: self.worker.device().save()?,
+            device: self.worker.call(|device| device.save()).ok_or(TransportError::Gone(self.kind))??,
         })
     }
 
@@ -348,7 +353,8 @@ impl Transport {
         if saved.config.len() != self.config.bytes().len() {
             return Err(damaged("its configuration has another length"));
         }
-        self.worker.device().restore(&saved.device)?;
+        let restored = self.worker.call(move |device| device.restore(&saved.device));
+        restored.ok_or(TransportError::Gone(self.kind))??;
         self.registers = registers;
         self.queues = queues;
         self.interrupt.restore(saved.reasons);

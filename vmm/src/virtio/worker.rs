@@ -1,12 +1,13 @@
 //! The thread that serves a device.
 //!
 //! It is started with the device, before the guest runs, so that it can be confined before it sees anything of the
-//! guest's, and it lasts as long as the device: between the driver's reset and its next start it waits.
+//! guest's, and it lasts as long as the device: between the driver's reset and its next start it waits. Whatever the
+//! device does it does in this thread, being saved and restored included, so nobody else needs to be allowed to.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::epoll::EventFlags;
@@ -14,19 +15,24 @@ use rustix::event::epoll::EventFlags;
 use super::poller::RESERVED;
 use super::{Device, DeviceError, Io};
 use crate::Event;
+use crate::confinement::{Confinement, Role};
 
 const STOP: u64 = RESERVED;
 const FIRST_KICK: u64 = RESERVED + 1;
 
-/// What a thread does to itself before it serves anything.
-pub type Confinement = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+type Call = Box<dyn FnOnce(&mut dyn Device) + Send>;
+
+/// What the thread is to do next.
+enum Order {
+    Serve(Io),
+    Call(Call),
+}
 
 /// A device and its thread.
 pub struct Worker {
-    device: Arc<Mutex<Box<dyn Device>>>,
     stop: Event,
     failed: Arc<AtomicBool>,
-    orders: Option<Sender<Io>>,
+    orders: Option<Sender<Order>>,
     ended: Receiver<Io>,
     serving: bool,
     thread: Option<JoinHandle<()>>,
@@ -37,28 +43,32 @@ impl Worker {
     ///
     /// # Errors
     /// Where there can be no thread, or it cannot be confined.
-    pub fn spawn(device: Box<dyn Device>, confinement: Confinement) -> io::Result<Self> {
-        let name = format!("{:?}", device.kind()).to_lowercase();
-        let device = Arc::new(Mutex::new(device));
+    pub fn spawn(mut device: Box<dyn Device>, confinement: Confinement) -> io::Result<Self> {
+        let kind = device.kind();
         let stop = Event::new()?;
         let failed = Arc::new(AtomicBool::new(false));
-        let (orders, received) = mpsc::channel::<Io>();
+        let (orders, received) = mpsc::channel();
         let (answers, ended) = mpsc::channel();
         let (report, confined) = mpsc::channel();
         let thread = {
-            let (device, failed, stop) = (device.clone(), failed.clone(), stop.try_clone()?);
-            thread::Builder::new().name(name).spawn(move || {
-                let ready = confinement();
+            let (failed, stop) = (failed.clone(), stop.try_clone()?);
+            thread::Builder::new().name(format!("{kind:?}").to_lowercase()).spawn(move || {
+                let ready = confinement(Role::Device(kind));
                 let go = ready.is_ok();
                 if report.send(ready).is_err() || !go {
                     return;
                 }
-                while let Ok(mut io) = received.recv() {
-                    let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+                while let Ok(order) = received.recv() {
+                    let mut io = match order {
+                        Order::Serve(io) => io,
+                        Order::Call(call) => {
+                            call(device.as_mut());
+                            continue;
+                        }
+                    };
                     if let Err(error) = serve(device.as_mut(), &mut io, &stop) {
                         fail(device.as_ref(), &io, &failed, &error);
                     }
-                    drop(device);
                     if answers.send(io).is_err() {
                         return;
                     }
@@ -66,12 +76,12 @@ impl Worker {
             })?
         };
         confined.recv().map_err(|_| io::Error::other("a device's thread ended at once"))??;
-        Ok(Self { device, stop, failed, orders: Some(orders), ended, serving: false, thread: Some(thread) })
+        Ok(Self { stop, failed, orders: Some(orders), ended, serving: false, thread: Some(thread) })
     }
 
     /// Has the device served from now on.
     pub fn serve(&mut self, io: Io) {
-        self.serving = self.orders.as_ref().is_some_and(|orders| orders.send(io).is_ok());
+        self.serving = self.orders.as_ref().is_some_and(|orders| orders.send(Order::Serve(io)).is_ok());
     }
 
     /// Waits until the device is not served any more; what it was served with, if it was.
@@ -91,9 +101,16 @@ impl Worker {
         self.failed.load(Ordering::Acquire)
     }
 
-    /// The device. While it is served this waits for its end: call [`Worker::halt`] first.
-    pub fn device(&self) -> MutexGuard<'_, Box<dyn Device>> {
-        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Has the device do something else, and waits until it has; none where it panicked. While the device is served
+    /// this waits for its end: call [`Worker::halt`] first.
+    pub fn call<T: Send + 'static>(&self, call: impl FnOnce(&mut dyn Device) -> T + Send + 'static) -> Option<T> {
+        let (sender, answer) = mpsc::channel();
+        let call = Order::Call(Box::new(move |device| {
+            // Whoever called waits for it.
+            let _ = sender.send(call(device));
+        }));
+        self.orders.as_ref()?.send(call).ok()?;
+        answer.recv().ok()
     }
 }
 

@@ -2,9 +2,10 @@
 //!
 //! The process is this program again, with the verb `vm`. It is told what to make by a [`Description`] on its stdin, and
 //! gets all that it cannot open itself as descriptors. Before the guest runs it gives up everything else: see
-//! [`process`]. What the guest could take over with it is the share that it has already.
+//! [`confinement`]. What the guest could take over with it is the share that it has already.
 
 mod channel;
+pub mod confinement;
 mod process;
 
 use std::io::{BufRead as _, BufReader, Write as _};

@@ -2,7 +2,7 @@
 //!
 //! In order: what only root of the host can open is opened; the share becomes the process's whole file system, in
 //! namespaces of its own; capabilities go down to what serving files needs; then the machine is made, whose threads are
-//! confined before the guest runs.
+//! confined before the guest runs, and last this one: see [`super::confinement`].
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -16,6 +16,7 @@ use kvm_ioctls::Kvm;
 use nix::libc;
 use runvm_protocol::{SHARE_TAG, VSOCK_PORT};
 use runvm_vmm::Event;
+use runvm_vmm::confinement::Role;
 use runvm_vmm::door::Door;
 use runvm_vmm::machine::x86::boot::Kernel;
 use runvm_vmm::machine::{Config, End, Machine};
@@ -26,6 +27,7 @@ use runvm_vmm::virtio::net::Net;
 use runvm_vmm::virtio::rng::Rng;
 use runvm_vmm::virtio::vsock::Vsock;
 
+use super::confinement::{confine, enter};
 use super::{DOORWAY, Description, FIRST_TAP, Failure, Report};
 use crate::error::sentence;
 use crate::share;
@@ -86,8 +88,7 @@ fn make(description: &Description) -> Result<Machine, Failure> {
     };
     let console = description.console.as_deref().map(File::create).transpose();
     let console = console.map_err(failed("create the console's file"))?;
-    let file_system = share::enter(&description.exports).map_err(Failure::Share)?;
-    share::confine::drop_privileges().map_err(Failure::Share)?;
+    let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
     let mut devices: Vec<Box<dyn Device>> = vec![
         Box::new(Vsock::new(Door::new(inherited(DOORWAY)), VSOCK_PORT, knocked)),
@@ -106,9 +107,11 @@ fn make(description: &Description) -> Result<Machine, Failure> {
         huge_pages: true,
         devices,
         console,
-        confinement: Arc::new(|| Ok(())),
+        confinement: Arc::new(confine),
     };
-    Machine::boot(config, kernel).map_err(failed("make the machine"))
+    let machine = Machine::boot(config, kernel).map_err(failed("make the machine"))?;
+    confine(Role::Owner).map_err(failed("confine the VM's process"))?;
+    Ok(machine)
 }
 
 fn receive() -> Result<Description, Failure> {

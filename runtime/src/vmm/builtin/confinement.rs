@@ -1,0 +1,35 @@
+//! What the VM's process gives up, all of it before the guest runs.
+//!
+//! First the process as a whole: its file system is the tree of the exports and nothing else, its namespaces are empty, of
+//! its capabilities those are left that making files for the guest takes. Then each of its threads for itself: what its
+//! role does not take. docs/architecture.md has the table; `runtime/tests/confinement` shows what an attacker is left with.
+
+use std::io;
+
+use runvm_vmm::confinement::{Role, restrict};
+use runvm_vmm::virtio::Kind;
+use virtiofsd::passthrough::PassthroughFs;
+
+use crate::share::{self, Export, SetupError};
+
+/// Leaves the host for the tree of these exports, which is returned ready to be served. The process must have no other
+/// thread yet, and what it still needs of the host has to be open.
+///
+/// # Errors
+/// What could not be shared, or not be given up.
+pub fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
+    let file_system = share::enter(exports)?;
+    share::confine::drop_privileges()?;
+    Ok(file_system)
+}
+
+/// Leaves the calling thread what its role takes, for good.
+///
+/// # Errors
+/// Where the host's kernel cannot.
+pub fn confine(role: Role) -> io::Result<()> {
+    if role != Role::Device(Kind::FileSystem) {
+        share::confine::drop_all_capabilities()?;
+    }
+    restrict(role).map_err(io::Error::other)
+}
