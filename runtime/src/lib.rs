@@ -15,4 +15,5 @@ pub mod network;
 pub mod sandbox;
 pub mod share;
 pub mod state;
+pub mod template;
 pub mod vmm;

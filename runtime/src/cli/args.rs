@@ -57,7 +57,7 @@ impl Cli {
         Globals {
             root: self.root.clone(),
             log: log::Options { file: self.log.clone(), format: self.log_format, debug: self.debug },
-            vm: self.vm,
+            vm: self.vm.clone(),
             guest_console: self.guest_console.clone(),
         }
     }
@@ -318,7 +318,7 @@ impl MonitorArgs {
             folder: self.folder,
             bundle: self.bundle,
             console_socket: self.console_socket,
-            vm: globals.vm,
+            vm: globals.vm.clone(),
             log: globals.log.clone(),
             guest_console: globals.guest_console.clone(),
         }

@@ -4,3 +4,8 @@ pub mod cgroup;
 pub mod hooks;
 pub mod process;
 pub mod terminal;
+
+/// The ID of the host's current boot.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}

@@ -132,7 +132,7 @@ async fn run(
     owner: &mut Owner,
 ) -> Result<u8> {
     let mut sandbox = Sandbox::boot(Config {
-        vm: options.vm,
+        vm: options.vm.clone(),
         size: Size::of(&bundle.spec),
         exports: guest.exports,
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),

@@ -112,7 +112,8 @@ impl Sandbox {
             nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
         log::stage("taps made");
-        let vm = config.vm.backend(accelerator).boot(Machine {
+        let backend = config.vm.backend(accelerator);
+        let vm = backend.boot(Machine {
             accelerator,
             vcpus: config.size.vcpus,
             memory: config.size.memory,
@@ -121,11 +122,14 @@ impl Sandbox {
             console: config.console.clone(),
             log: config.log.clone(),
         });
-        let mut vm = match vm {
+        let silent = || {
+            let reason = format!("no answer of its agent within {} s", BOOT_LIMIT.as_secs());
+            SandboxError::Boot { accelerator, reason }
+        };
+        let mut vm = match tokio::time::timeout(BOOT_LIMIT, vm).await.map_err(|_| silent())? {
             Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
             vm => vm?,
         };
-        log::stage("vmm started");
         let configured = tokio::select! {
             configured = tokio::time::timeout(BOOT_LIMIT, configure(config, network, vm.channel.clone())) => configured,
             reason = vm.ended() => return Err(SandboxError::Boot { accelerator, reason }),
@@ -139,10 +143,7 @@ impl Sandbox {
                 return Err(SandboxError::Boot { accelerator, reason });
             }
             Ok(agent) => agent?,
-            Err(_) => {
-                let reason = format!("no answer of its agent within {} s", BOOT_LIMIT.as_secs());
-                return Err(SandboxError::Boot { accelerator, reason });
-            }
+            Err(_) => return Err(silent()),
         };
         log::stage("guest ready");
         Ok(Self { vm, agent })

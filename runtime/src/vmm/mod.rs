@@ -25,6 +25,7 @@ use tokio::process::Child;
 use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::share::{self, Export, ShareError};
+use crate::template::TemplateError;
 pub use builtin::Builtin;
 pub use options::Options;
 use probe::Accelerator;
@@ -75,6 +76,9 @@ pub enum VmmError {
     /// The files cannot be shared.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A template is missing or out of reach.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// The built-in VMM has no machine for this guest; why, as a clause.
     #[error("there is no machine: {0}")]
     Machine(String),
@@ -87,12 +91,13 @@ pub enum VmmError {
 }
 
 /// A backend.
+#[async_trait]
 pub trait Vmm: Send + Sync {
-    /// Starts a machine. The guest boots while this returns.
+    /// Starts a machine. Its guest may still be booting when this returns.
     ///
     /// # Errors
     /// [`VmmError`].
-    fn boot(&self, machine: Machine) -> Result<Vm, VmmError>;
+    async fn boot(&self, machine: Machine) -> Result<Vm, VmmError>;
 }
 
 /// A running machine. It ends when this is dropped, and with the thread that booted it.

@@ -13,6 +13,8 @@ use kvm_ioctls::Kvm as KvmDevice;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::host::boot_id;
+
 /// Where the answer is kept.
 const CACHE: &str = "/run/runvm.accelerator";
 const DEVICE: &std::ffi::CStr = c"/dev/kvm";
@@ -173,10 +175,6 @@ fn processor_virtualizes() -> bool {
     info.lines()
         .find(|line| line.starts_with("flags"))
         .is_some_and(|flags| flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
-}
-
-fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 fn cached(boot: &str) -> Option<Choice> {

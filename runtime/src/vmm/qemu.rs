@@ -18,6 +18,7 @@ use super::assets::Assets;
 use super::probe::{Accelerator, Kvm};
 use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError, parameters};
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
+use crate::log;
 use crate::share;
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -43,8 +44,9 @@ impl Qemu {
     }
 }
 
+#[async_trait]
 impl Vmm for Qemu {
-    fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
+    async fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
         let kernel = self.assets.kernel(machine.accelerator)?;
         let initramfs = self.assets.initramfs()?;
         if !Self::installed() {
@@ -80,6 +82,7 @@ impl Vmm for Qemu {
                 tracing::debug!("the channel to the guest ended: {error}");
             }
         });
+        log::stage("vmm started");
         let words = process.stderr.take().map(|stderr| Box::new(stderr) as Box<_>);
         Ok(Vm { process, identity, share: Some(share), words, channel: Arc::new(SerialChannel(opener)) })
     }

@@ -3,142 +3,230 @@
 //! The process is this program again, with the verb `vm`. It is told what to make by a [`Description`] on its stdin, and
 //! gets all that it cannot open itself as descriptors. Before the guest runs it gives up everything else: see
 //! [`confinement`]. What the guest could take over with it is the share that it has already.
+//!
+//! Where there is a template of the same shape the machine is forked from it, and else it boots, and may become one.
 
 mod channel;
 pub mod confinement;
+mod description;
 mod process;
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::Shutdown;
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream as BlockingStream;
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use command_fds::{CommandFdExt as _, FdMapping};
 use runvm_vmm::machine::Flavour;
-use serde::{Deserialize, Serialize};
-use tokio::process::Command;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
 
 use super::assets::Assets;
 use super::probe::{Accelerator, Kvm};
 use super::{Machine, Vm, Vmm, VmmError, parameters};
+use crate::host::boot_id;
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
-use crate::share::{Export, SetupError, ShareError};
+use crate::log;
+use crate::share::ShareError;
+use crate::template::{self, Draft, FileIdentity, Files, Shape, Store, TemplateError};
 use channel::Doorway;
+use description::{Beginning, Description, Failure, Report, Saving};
 pub use process::main as process_main;
 
 /// The verb that makes this program a VM's process.
 pub const VERB: &str = "vm";
 
-/// The descriptors that the process gets beside its stdio: the doorway, then a tap for each network device.
-const DOORWAY: i32 = 3;
-const FIRST_TAP: i32 = 4;
-
-/// What a VM's process is to make.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Description {
-    flavour: Flavour,
-    vcpus: u32,
-    /// In bytes.
-    memory: u64,
-    kernel: PathBuf,
-    initramfs: PathBuf,
-    parameters: String,
-    exports: Vec<Export>,
-    /// The addresses of the network devices.
-    macs: Vec<[u8; 6]>,
-    console: Option<PathBuf>,
-}
-
-/// What a VM's process says, once: the machine runs, or why there is none.
-type Report = Result<(), Failure>;
-
-/// Why there is no machine, fit to cross between processes.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-enum Failure {
-    /// The user's files.
-    Share(SetupError),
-    /// Everything else, as a clause.
-    Machine(String),
-}
+/// The longest report, in bytes: an error with a path in it.
+const MAX_REPORT: usize = 16 << 10;
 
 /// The backend.
 #[derive(Debug)]
 pub struct Builtin {
     assets: Assets,
+    templates: template::Use,
+    store: Store,
 }
 
 impl Builtin {
-    /// The backend that boots these kernels.
-    pub fn new(assets: Assets) -> Self {
-        Self { assets }
+    /// The backend that boots these kernels, and forks machines from the templates of this store.
+    pub fn new(assets: Assets, templates: template::Use, store: Store) -> Self {
+        Self { assets, templates, store }
     }
 
-    fn describe(&self, machine: &Machine, flavour: Flavour) -> Result<Description, VmmError> {
-        Ok(Description {
-            flavour,
+    /// What a template of this machine depends on; none for a machine that has no templates.
+    ///
+    /// # Errors
+    /// [`VmmError`] where a file of the installation is missing.
+    pub fn shape(&self, machine: &Machine) -> Result<Option<Shape>, VmmError> {
+        // What a guest says while it boots is what its console is wanted for.
+        if machine.console.is_some() {
+            return Ok(None);
+        }
+        let identity = |path: &Path| FileIdentity::of(path).map_err(VmmError::Start);
+        Ok(Some(Shape {
+            boot: boot_id(),
+            program: identity(Path::new("/proc/self/exe"))?,
+            kernel: identity(&self.assets.kernel(machine.accelerator)?)?,
+            initramfs: identity(&self.assets.initramfs()?)?,
+            parameters: parameters::builtin(machine),
+            flavour: flavour(machine)?,
             vcpus: machine.vcpus,
             memory: machine.memory,
+            nics: machine.nics.len(),
+        }))
+    }
+
+    fn booting(&self, machine: &Machine, save: bool) -> Result<Beginning, VmmError> {
+        Ok(Beginning::Boot {
             kernel: self.assets.kernel(machine.accelerator)?,
             initramfs: self.assets.initramfs()?,
             parameters: parameters::builtin(machine),
-            exports: machine.exports.clone(),
-            macs: machine.nics.iter().map(|nic| nic.mac).collect(),
             console: machine.console.clone(),
+            save,
         })
     }
-}
 
-impl Vmm for Builtin {
-    fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
-        let flavour = match machine.accelerator {
-            Accelerator::Kvm(Kvm::Ordinary) => Flavour::Ordinary,
-            Accelerator::Kvm(Kvm::Pvm) => Flavour::Pvm,
-            Accelerator::Tcg => return Err(VmmError::NotKvm),
-        };
-        let description = self.describe(&machine, flavour)?;
-        let (control, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
-        let (doorway, door) = Doorway::pair().map_err(VmmError::Start)?;
-        let mut program = own_program();
-        machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
-        let taps = machine.nics.into_iter().map(|nic| nic.tap).zip(FIRST_TAP..);
-        let descriptors = std::iter::once((door, DOORWAY)).chain(taps);
-        let descriptors = descriptors.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
-        program
-            .arg(VERB)
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
-            .fd_mappings(descriptors)
-            .map_err(|error| VmmError::Start(std::io::Error::other(error)))?;
-        end_with_owner(&mut program);
-        let mut command = Command::from(program);
-        let process = command.kill_on_drop(true).spawn().map_err(VmmError::Start)?;
-        // The command holds the other ends open.
-        drop(command);
-        let identity = process.id().and_then(ProcessIdentity::of);
-        let identity = identity.ok_or_else(|| VmmError::Start(std::io::Error::other("it ended at once")))?;
-        let words = converse(control, &description)?;
-        Ok(Vm { process, identity, share: None, words, channel: Arc::new(doorway) })
+    /// Forks the machine from a template; none where there is no template that is of use.
+    async fn fork(&self, machine: &Machine, shape: &Shape) -> Result<Option<Vm>, VmmError> {
+        let Some(files) = self.store.open(shape) else { return Ok(None) };
+        match begin(machine, Beginning::Restore, Some(files)).await {
+            Ok((vm, _)) => {
+                log::stage("machine forked");
+                Ok(Some(vm))
+            }
+            Err(VmmError::Machine(reason)) if self.templates == template::Use::Auto => {
+                tracing::warn!("a template is of no use and is removed: {reason}");
+                match self.store.remove(&shape.key()) {
+                    // Another process came to the same end.
+                    Ok(()) | Err(TemplateError::Unknown(_)) => Ok(None),
+                    Err(error) => Err(error.into()),
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Boots the machine, and lets it become a template where that is wanted. Without one the machine is none the worse.
+    async fn boot_cold(&self, machine: &Machine, shape: Option<&Shape>) -> Result<Vm, VmmError> {
+        let draft = shape.and_then(|shape| self.store.begin(shape).unwrap_or_else(complain));
+        let draft = draft.and_then(|draft| match draft.files() {
+            Ok(files) => Some((draft, files)),
+            Err(error) => complain(error),
+        });
+        let (draft, files) = draft.unzip();
+        let (vm, saving) = begin(machine, self.booting(machine, files.is_some())?, files).await?;
+        log::stage("machine booted");
+        settle(draft, saving);
+        Ok(vm)
     }
 }
 
-/// Tells the process what to make, and waits until it has; what it says later can be read from what is returned.
-fn converse(mut control: UnixStream, description: &Description) -> Result<super::Words, VmmError> {
+fn complain<T>(error: TemplateError) -> Option<T> {
+    tracing::warn!("there is no template for the next machine: {}", crate::error::sentence(&error));
+    None
+}
+
+/// Keeps a template that was written, and removes one that was not.
+fn settle(draft: Option<Draft>, saving: Saving) {
+    match (draft, saving) {
+        (Some(draft), Saving::Done) => {
+            let _ = draft.commit().or_else(|error| complain(error).ok_or(()));
+            log::stage("template made");
+        }
+        (_, Saving::Failed(reason)) => tracing::warn!("there is no template for the next machine: {reason}"),
+        (_, Saving::Done | Saving::NotAsked) => {}
+    }
+}
+
+fn flavour(machine: &Machine) -> Result<Flavour, VmmError> {
+    match machine.accelerator {
+        Accelerator::Kvm(Kvm::Ordinary) => Ok(Flavour::Ordinary),
+        Accelerator::Kvm(Kvm::Pvm) => Ok(Flavour::Pvm),
+        Accelerator::Tcg => Err(VmmError::NotKvm),
+    }
+}
+
+#[async_trait]
+impl Vmm for Builtin {
+    async fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
+        let shape = match self.templates {
+            template::Use::Off => None,
+            template::Use::Auto | template::Use::Require => self.shape(&machine)?,
+        };
+        if let Some(shape) = &shape
+            && let Some(vm) = self.fork(&machine, shape).await?
+        {
+            return Ok(vm);
+        }
+        if self.templates == template::Use::Require {
+            return Err(TemplateError::Missing(shape.as_ref().map_or("its console is shown".into(), Shape::key)).into());
+        }
+        self.boot_cold(&machine, shape.as_ref()).await
+    }
+}
+
+/// Starts a machine's process, and waits until its guest's agent listens.
+async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) -> Result<(Vm, Saving), VmmError> {
+    let description = Description {
+        flavour: flavour(machine)?,
+        vcpus: machine.vcpus,
+        memory: machine.memory,
+        exports: machine.exports.clone(),
+        macs: machine.nics.iter().map(|nic| nic.mac).collect(),
+        beginning,
+    };
+    let (control, theirs) = BlockingStream::pair().map_err(VmmError::Start)?;
+    let (doorway, door) = Doorway::pair().map_err(VmmError::Start)?;
+    let mut descriptors = vec![door];
+    for nic in &machine.nics {
+        descriptors.push(nic.tap.try_clone().map_err(VmmError::Start)?);
+    }
+    descriptors.extend(files.into_iter().flat_map(|files| [files.state.into(), files.memory.into()]));
+    let (process, identity) = spawn(machine, theirs.into(), descriptors)?;
+    control.set_nonblocking(true).map_err(VmmError::Start)?;
+    let mut control = UnixStream::from_std(control).map_err(VmmError::Start)?;
+    log::stage("vmm started");
+    match converse(&mut control, &description).await? {
+        Ok(saving) => {
+            let words: super::Words = Some(Box::new(control));
+            Ok((Vm { process, identity, share: None, words, channel: Arc::new(doorway) }, saving))
+        }
+        Err(Failure::Share(error)) => Err(ShareError::Setup(error).into()),
+        Err(Failure::Machine(reason)) => Err(VmmError::Machine(reason)),
+    }
+}
+
+fn spawn(machine: &Machine, control: OwnedFd, descriptors: Vec<OwnedFd>) -> Result<(Child, ProcessIdentity), VmmError> {
+    let mut program = own_program();
+    machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
+    let numbered = descriptors.into_iter().zip(description::FIRST_DESCRIPTOR..);
+    let mappings = numbered.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
+    program
+        .arg(VERB)
+        .stdin(control)
+        .stdout(Stdio::null())
+        .fd_mappings(mappings)
+        .map_err(|error| VmmError::Start(io::Error::other(error)))?;
+    end_with_owner(&mut program);
+    let process = Command::from(program).kill_on_drop(true).spawn().map_err(VmmError::Start)?;
+    let identity = process.id().and_then(ProcessIdentity::of);
+    let identity = identity.ok_or_else(|| VmmError::Start(io::Error::other("it ended at once")))?;
+    Ok((process, identity))
+}
+
+/// Tells the process what to make, and waits for its report.
+async fn converse(control: &mut UnixStream, description: &Description) -> Result<Report, VmmError> {
     let text = serde_json::to_vec(description).map_err(|error| VmmError::Start(error.into()))?;
     // Where it has ended in the meantime, its report is missing, which is the better story.
-    let _ = control.write_all(&text).and_then(|()| control.shutdown(Shutdown::Write));
-    let mut report = String::new();
-    let mut reader = BufReader::with_capacity(1, &control);
-    reader.read_line(&mut report).map_err(VmmError::Start)?;
-    match serde_json::from_str(&report) {
-        Ok(Ok(())) => {}
-        Ok(Err(Failure::Share(error))) => return Err(ShareError::Setup(error).into()),
-        Ok(Err(Failure::Machine(reason))) => return Err(VmmError::Machine(reason)),
-        Err(_) => return Err(VmmError::Machine("its process ended without a word".to_owned())),
-    }
-    control.set_nonblocking(true).map_err(VmmError::Start)?;
-    let control = tokio::net::UnixStream::from_std(control).map_err(VmmError::Start)?;
-    Ok(Some(Box::new(control)))
+    let _ = control.write_all(&text).await;
+    let _ = control.shutdown().await;
+    let mut report = Vec::new();
+    // No more than the line: what follows is for later.
+    let mut reader = BufReader::with_capacity(1, tokio::io::AsyncReadExt::take(control, MAX_REPORT as u64));
+    reader.read_until(b'\n', &mut report).await.map_err(VmmError::Start)?;
+    serde_json::from_slice(&report).map_err(|_| VmmError::Machine("its process ended without a word".to_owned()))
 }

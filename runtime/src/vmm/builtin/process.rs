@@ -26,9 +26,10 @@ use runvm_vmm::virtio::fs::Fs;
 use runvm_vmm::virtio::net::Net;
 use runvm_vmm::virtio::rng::Rng;
 use runvm_vmm::virtio::vsock::Vsock;
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::confinement::{confine, enter};
-use super::{DOORWAY, Description, FIRST_TAP, Failure, Report};
+use super::description::{Beginning, Description, FIRST_DESCRIPTOR, Failure, Report, Saving};
 use crate::error::sentence;
 use crate::share;
 
@@ -38,18 +39,21 @@ const MAX_MTU: u16 = u16::MAX;
 /// Runs the VM's process; the machine's end is its own.
 pub fn main() -> ExitCode {
     let begun = receive().and_then(|description| {
-        close_from(FIRST_TAP + description.macs.len() as i32).map_err(failed("close inherited descriptors"))?;
-        Ok((share::confine::begin().map_err(Failure::Share)?, description))
+        let inherited = Inherited::of(&description).map_err(failed("close inherited descriptors"))?;
+        Ok((share::confine::begin().map_err(Failure::Share)?, description, inherited))
     });
-    let (control, description) = match begun {
-        Ok((control, description)) => (UnixStream::from(control), description),
+    let (control, description, inherited) = match begun {
+        Ok((control, description, inherited)) => (UnixStream::from(control), description, inherited),
         Err(_) => {
             tracing::error!("a VM's process is started by `runvm create` only");
             return ExitCode::FAILURE;
         }
     };
-    match make(&description) {
-        Ok(machine) => attend(&control, &machine),
+    match begin(&description, inherited) {
+        Ok((machine, saving)) => match report(&control, &Ok(saving)) {
+            Ok(()) => attend(&control, &machine),
+            Err(_) => ExitCode::FAILURE,
+        },
         Err(failure) => {
             // An owner that is gone takes this process with it.
             let _ = report(&control, &Err(failure));
@@ -59,10 +63,6 @@ pub fn main() -> ExitCode {
 }
 
 fn attend(mut control: &UnixStream, machine: &Machine) -> ExitCode {
-    if report(control, &Ok(())).is_err() {
-        return ExitCode::FAILURE;
-    }
-    machine.resume();
     match machine.wait() {
         End::Shutdown => ExitCode::SUCCESS,
         End::Failed(reason) => {
@@ -78,26 +78,33 @@ fn report(mut control: &UnixStream, report: &Report) -> std::io::Result<()> {
     control.write_all(&line)
 }
 
-fn make(description: &Description) -> Result<Machine, Failure> {
+/// A running machine whose agent listens.
+fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Saving), Failure> {
     let kvm = Kvm::new().map_err(failed("open /dev/kvm"))?;
-    let kernel = Kernel {
-        image: open(&description.kernel)?,
-        initramfs: Some(open(&description.initramfs)?),
-        command_line: description.parameters.clone(),
-        visible: description.memory,
+    let (kernel, console, save) = match &description.beginning {
+        Beginning::Boot { kernel, initramfs, parameters, console, save } => {
+            let console = console.as_deref().map(File::create).transpose();
+            let kernel = Kernel {
+                image: open(kernel)?,
+                initramfs: Some(open(initramfs)?),
+                command_line: parameters.clone(),
+                visible: description.memory,
+            };
+            (Some(kernel), console.map_err(failed("create the console's file"))?, *save)
+        }
+        Beginning::Restore => (None, None, false),
     };
-    let console = description.console.as_deref().map(File::create).transpose();
-    let console = console.map_err(failed("create the console's file"))?;
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
+    let knock = knocked.try_clone().map_err(failed("make an event"))?;
     let mut devices: Vec<Box<dyn Device>> = vec![
-        Box::new(Vsock::new(Door::new(inherited(DOORWAY)), VSOCK_PORT, knocked)),
+        Box::new(Vsock::new(Door::new(inherited.door), VSOCK_PORT, knock)),
         Box::new(Fs::new(SHARE_TAG, file_system).map_err(failed("share files"))?),
         Box::new(Rng),
         Box::new(Balloon::new(Backing::Private)),
     ];
-    for (tap, mac) in (FIRST_TAP..).zip(&description.macs) {
-        devices.push(Box::new(Net::new(inherited(tap), *mac, MAX_MTU)));
+    for (tap, mac) in inherited.taps.into_iter().zip(&description.macs) {
+        devices.push(Box::new(Net::new(tap, *mac, MAX_MTU)));
     }
     let config = Config {
         kvm,
@@ -109,9 +116,54 @@ fn make(description: &Description) -> Result<Machine, Failure> {
         console,
         confinement: Arc::new(confine),
     };
-    let machine = Machine::boot(config, kernel).map_err(failed("make the machine"))?;
-    confine(Role::Owner).map_err(failed("confine the VM's process"))?;
-    Ok(machine)
+    match (kernel, inherited.template) {
+        (Some(kernel), template) => {
+            let machine = Machine::boot(config, kernel).map_err(failed("make the machine"))?;
+            confine(Role::Owner).map_err(failed("confine the VM's process"))?;
+            machine.resume();
+            await_knock(&machine, &knocked)?;
+            let saving = match template {
+                Some((state, memory)) if save => write(&machine, &state, &memory),
+                _ => Saving::NotAsked,
+            };
+            Ok((machine, saving))
+        }
+        (None, Some((state, memory))) => {
+            let machine = Machine::restore(config, &state, memory).map_err(failed("fork the machine"))?;
+            confine(Role::Owner).map_err(failed("confine the VM's process"))?;
+            machine.resume();
+            Ok((machine, Saving::NotAsked))
+        }
+        (None, None) => Err(Failure::Machine("there is nothing that it could begin with".to_owned())),
+    }
+}
+
+/// Waits until the guest's agent says that it listens.
+fn await_knock(machine: &Machine, knocked: &Event) -> Result<(), Failure> {
+    loop {
+        let mut events = [PollFd::new(knocked, PollFlags::IN), PollFd::new(machine.ended(), PollFlags::IN)];
+        rustix::io::retry_on_intr(|| poll(&mut events, None)).map_err(failed("wait for the guest"))?;
+        if !events[0].revents().is_empty() {
+            return Ok(());
+        }
+        if !events[1].revents().is_empty() {
+            return Err(Failure::Machine(match machine.wait() {
+                End::Shutdown => "the guest gave up before its agent listened".to_owned(),
+                End::Failed(reason) => reason,
+            }));
+        }
+    }
+}
+
+/// Writes the machine into a template's files, and lets it go on.
+fn write(machine: &Machine, state: &File, memory: &File) -> Saving {
+    machine.pause();
+    let saved = machine.save(state, memory);
+    machine.resume();
+    match saved {
+        Ok(()) => Saving::Done,
+        Err(error) => Saving::Failed(sentence(&error)),
+    }
 }
 
 fn receive() -> Result<Description, Failure> {
@@ -124,20 +176,30 @@ fn open(path: &Path) -> Result<File, Failure> {
     File::open(path).map_err(failed(&format!("open {}", path.display())))
 }
 
-/// Closes what an engine may have left open for all its descendants.
-fn close_from(first: i32) -> std::io::Result<()> {
-    // SAFETY: the descriptors from this number on that this process has opened itself are closed too: the caller has none.
-    match unsafe { libc::close_range(first.cast_unsigned(), libc::c_uint::MAX, 0) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+/// The descriptors that the owner has handed down.
+struct Inherited {
+    door: OwnedFd,
+    taps: Vec<OwnedFd>,
+    /// A template's state and memory.
+    template: Option<(File, File)>,
 }
 
-/// A descriptor that the owner has handed down.
-fn inherited(number: i32) -> OwnedFd {
-    // SAFETY: the owner's command line maps exactly these numbers, each is taken once, and nothing else in this process
-    // had a chance to get one of them: it opened its first descriptor above all of them.
-    unsafe { OwnedFd::from_raw_fd(number) }
+impl Inherited {
+    /// Takes them, and closes what else an engine may have left open for all its descendants.
+    fn of(description: &Description) -> std::io::Result<Self> {
+        let end = FIRST_DESCRIPTOR + description.descriptors();
+        // SAFETY: nothing in this process holds a descriptor from that number on yet.
+        if unsafe { libc::close_range(end.cast_unsigned(), libc::c_uint::MAX, 0) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the owner maps exactly these numbers, and each is taken once.
+        let mut all = (FIRST_DESCRIPTOR..end).map(|number| unsafe { OwnedFd::from_raw_fd(number) });
+        let missing = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        let door = all.next().ok_or_else(missing)?;
+        let taps = all.by_ref().take(description.macs.len()).collect();
+        let template = all.next().zip(all.next()).map(|(state, memory)| (state.into(), memory.into()));
+        Ok(Self { door, taps, template })
+    }
 }
 
 fn failed<E: std::error::Error>(step: &str) -> impl FnOnce(E) -> Failure + use<E> {
