@@ -131,6 +131,12 @@ pub enum Verb {
         /// Container ID.
         id: String,
     },
+    /// Manage the machines at rest from which containers' machines are forked.
+    Template {
+        /// What to do.
+        #[command(subcommand)]
+        action: super::template::Action,
+    },
     /// Write a config.json to begin with.
     Spec {
         /// Folder of the bundle, instead of this one.

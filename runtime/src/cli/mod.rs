@@ -6,6 +6,7 @@ mod features;
 mod run;
 mod show;
 mod spec;
+mod template;
 
 use std::process::ExitCode;
 
@@ -66,6 +67,7 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
         Verb::State { id } => show::state(globals, &id),
         Verb::List { format, quiet } => show::list(globals, format, quiet),
         Verb::Ps { id, format, options } => show::ps(globals, &id, format, &options),
+        Verb::Template { action } => template::run(globals, action),
         Verb::Spec { bundle } => spec::write(bundle.as_deref()),
         Verb::Features => features::show(),
         Verb::Check { json } => return check::check(globals, json).map(Into::into),

@@ -65,6 +65,14 @@ pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
     Ok(Tap { fd, name })
 }
 
+/// A tap that leads nowhere, for a machine that is not a container's.
+///
+/// # Errors
+/// Where there is no /dev/net/tun.
+pub fn loose_tap() -> Result<OwnedFd, NetworkError> {
+    open_tap().map(|(tap, _)| tap).map_err(NetworkError::system("open a tap by /dev/net/tun"))
+}
+
 fn open_tap() -> io::Result<(OwnedFd, String)> {
     let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     // SAFETY: a plain C structure of integers, for which zeros are valid.

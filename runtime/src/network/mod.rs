@@ -22,7 +22,7 @@ use std::net::IpAddr;
 
 use runvm_protocol::agent;
 
-pub use attach::{Tap, attach};
+pub use attach::{Tap, attach, loose_tap};
 pub use scan::scan;
 
 /// What is to be the guest's network.

@@ -1,8 +1,9 @@
 //! How large a VM is: it follows the container's limits.
 //!
 //! Processors: as many as the CPU quota or the cpuset needs, rounded up; without either, as many as the host has.
-//! Memory: the container's limit and what the guest's kernel needs beside it; without a limit 2 GiB, or the host's
-//! memory where that is less. The host gives a page only when the guest first touches it.
+//! Memory: the container's limit and what the guest's kernel needs beside it, rounded up so that containers of about
+//! the same size have machines of the same, and one template; without a limit 2 GiB, or the host's memory where that is
+//! less. The host gives a page only when the guest first touches it.
 
 use std::fs;
 
@@ -11,6 +12,8 @@ use oci_spec::runtime::Spec;
 const MIB: u64 = 1 << 20;
 /// What the guest needs besides its containers.
 const GUEST_OVERHEAD: u64 = 128 * MIB;
+/// Machines with a limit differ by at least this much.
+const SMALLEST_STEP: u64 = 128 * MIB;
 /// Without a limit.
 const DEFAULT_MEMORY: u64 = 2048 * MIB;
 /// More make a start slower, and few containers faster.
@@ -28,8 +31,13 @@ pub struct Size {
 impl Size {
     /// The size for a container.
     pub fn of(spec: &Spec) -> Self {
-        let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u32);
-        Self::on(spec, processors, host_memory())
+        Self::on(spec, host_processors(), host_memory())
+    }
+
+    /// The size for containers with these limits: processors, and bytes of memory.
+    pub fn for_limits(vcpus: Option<u32>, memory: Option<u64>) -> Self {
+        let host = host_processors();
+        Self { vcpus: vcpus.unwrap_or(host).clamp(1, host.min(MAX_VCPUS)), memory: memory_for(memory, host_memory()) }
     }
 
     fn on(spec: &Spec, host_processors: u32, host_memory: u64) -> Self {
@@ -47,13 +55,16 @@ impl Size {
             .and_then(|resources| resources.memory().as_ref())
             .and_then(|memory| u64::try_from(memory.limit()?).ok())
             .filter(|&limit| limit > 0);
-        let memory = match limit {
-            // A limit beyond the host's memory is as good as none, but larger than the default all the same.
-            Some(limit) => limit.min(host_memory).saturating_add(GUEST_OVERHEAD),
-            None => DEFAULT_MEMORY.min(host_memory),
-        };
-        Self { vcpus, memory: memory.div_ceil(MIB) * MIB }
+        Self { vcpus, memory: memory_for(limit, host_memory) }
     }
+}
+
+fn memory_for(limit: Option<u64>, host_memory: u64) -> u64 {
+    let Some(limit) = limit else { return DEFAULT_MEMORY.min(host_memory).div_ceil(MIB) * MIB };
+    // A limit beyond the host's memory is as good as none, but larger than the default all the same.
+    let memory = limit.min(host_memory).saturating_add(GUEST_OVERHEAD);
+    let step = (memory.next_power_of_two() / 16).max(SMALLEST_STEP);
+    memory.div_ceil(step) * step
 }
 
 /// The number of processors in a list such as `0-2,7`.
@@ -65,6 +76,10 @@ fn count_cpus(list: &str) -> Option<u32> {
         count = count.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
     }
     (count > 0).then_some(count)
+}
+
+fn host_processors() -> u32 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
 fn host_memory() -> u64 {
@@ -102,9 +117,11 @@ mod tests {
         ] {
             assert_eq!(size(resources).vcpus, vcpus, "{resources}");
         }
-        assert_eq!(size(r#"{"memory":{"limit":67108864}}"#).memory, 192 * MIB);
-        assert_eq!(size(r#"{"memory":{"limit":67108865}}"#).memory, 193 * MIB);
+        assert_eq!(size(r#"{"memory":{"limit":67108864}}"#).memory, 256 * MIB);
+        assert_eq!(size(r#"{"memory":{"limit":134217728}}"#).memory, 256 * MIB);
+        assert_eq!(size(r#"{"memory":{"limit":134217729}}"#).memory, 384 * MIB);
+        assert_eq!(size(r#"{"memory":{"limit":3221225472}}"#).memory, 3328 * MIB);
         assert_eq!(size(r#"{"memory":{"limit":-1}}"#).memory, 2 << 30);
-        assert_eq!(size(r#"{"memory":{"limit":9000000000000000000}}"#).memory, (16 << 30) + GUEST_OVERHEAD);
+        assert_eq!(size(r#"{"memory":{"limit":9000000000000000000}}"#).memory, 18 << 30);
     }
 }

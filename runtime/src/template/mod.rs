@@ -15,7 +15,7 @@ use clap::ValueEnum;
 use thiserror::Error;
 
 pub use shape::{FileIdentity, Shape};
-pub use store::{Draft, Files, Store, Template};
+pub use store::{Draft, Files, MAX_TOTAL, Store, Template};
 
 /// Whether machines are forked from templates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -51,9 +51,6 @@ pub enum TemplateError {
     /// No such name.
     #[error("there is no template \"{0}\": `runvm template list` shows those that there are")]
     Unknown(String),
-    /// Templates are the built-in VMM's.
-    #[error("only the built-in VMM on KVM has templates")]
-    Backend,
     /// A file cannot be read or written.
     #[error("cannot {action} {path}", path = path.display())]
     File {

@@ -85,6 +85,9 @@ pub enum VmmError {
     /// The built-in VMM is for KVM alone.
     #[error("the built-in VMM needs KVM: use `--vmm qemu`, or leave the choice to runvm")]
     NotKvm,
+    /// Templates are the built-in VMM's.
+    #[error("only machines of the built-in VMM, which needs KVM, have templates")]
+    NoTemplates,
     /// The VMM cannot be started.
     #[error("cannot start the VMM")]
     Start(#[source] io::Error),

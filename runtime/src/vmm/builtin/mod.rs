@@ -80,6 +80,23 @@ impl Builtin {
         }))
     }
 
+    /// Makes the template for machines like this one, if it is not there yet; its name.
+    ///
+    /// # Errors
+    /// [`VmmError`].
+    pub async fn make_template(&self, machine: &Machine) -> Result<String, VmmError> {
+        let shape = self.shape(machine)?.ok_or(VmmError::NoTemplates)?;
+        if let Some(draft) = self.store.begin(&shape)? {
+            let (_, saving) = begin(machine, self.booting(machine, true)?, Some(draft.files()?)).await?;
+            match saving {
+                Saving::Done => draft.commit()?,
+                Saving::Failed(reason) => return Err(VmmError::Machine(reason)),
+                Saving::NotAsked => return Err(VmmError::NoTemplates),
+            }
+        }
+        Ok(shape.key())
+    }
+
     fn booting(&self, machine: &Machine, save: bool) -> Result<Beginning, VmmError> {
         Ok(Beginning::Boot {
             kernel: self.assets.kernel(machine.accelerator)?,
