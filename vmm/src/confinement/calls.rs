@@ -140,8 +140,11 @@ pub(super) fn of(role: Role, allowed: &mut Allowed) -> Result<(), BackendError> 
     }
     // Wakes a processor, and raises SIGABRT at the end of a panic.
     allowed.only(SYS_tgkill, [is(0, std::process::id())])?;
-    // Other commands could make the kernel signal any process.
-    allowed.only(SYS_fcntl, [is(1, libc::F_DUPFD_CLOEXEC as u32)])?;
+    // To copy descriptors, and to look at them as they are closed, which Rust does where it is built for debugging. Other
+    // commands could make the kernel signal any process.
+    for command in [libc::F_DUPFD_CLOEXEC, libc::F_GETFD] {
+        allowed.only(SYS_fcntl, [is(1, command as u32)])?;
+    }
     match role {
         Role::Owner => {
             allowed.calls(OWNER);

@@ -92,3 +92,13 @@ fn lacks(index: u8, bits: u32) -> Condition {
 fn null(index: u8) -> Condition {
     SeccompCondition::new(index, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)
 }
+
+/// Works as a thread of this role does: what the role does not allow ends the tests' process.
+#[cfg(test)]
+pub(crate) fn in_role<T: Send>(role: Role, work: impl FnOnce() -> T + Send) -> T {
+    let confined = || {
+        restrict(role).unwrap();
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(confined).join().unwrap())
+}

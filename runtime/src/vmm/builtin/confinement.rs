@@ -4,8 +4,10 @@
 //! its capabilities those are left that making files for the guest takes. Then each of its threads for itself: what its
 //! role does not take. docs/architecture.md has the table; `runtime/tests/confinement` shows what an attacker is left with.
 
+use std::fs::File;
 use std::io;
 
+use nix::libc;
 use runvm_vmm::confinement::{Role, restrict};
 use runvm_vmm::virtio::Kind;
 use virtiofsd::passthrough::PassthroughFs;
@@ -18,9 +20,19 @@ use crate::share::{self, Export, SetupError};
 /// # Errors
 /// What could not be shared, or not be given up.
 pub fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
+    keep_one_heap();
     let file_system = share::enter(exports)?;
     share::confine::drop_privileges()?;
     Ok(file_system)
+}
+
+/// The same file for reading alone, to be called before [`enter`]: of what is open for reading an attacker could else
+/// get a descriptor for writing, as it can name its own descriptors.
+///
+/// # Errors
+/// Where the host's kernel cannot.
+pub fn read_only(file: &File) -> io::Result<File> {
+    share::confine::read_only(file)
 }
 
 /// Leaves the calling thread what its role takes, for good.
@@ -32,4 +44,14 @@ pub fn confine(role: Role) -> io::Result<()> {
         share::confine::drop_all_capabilities()?;
     }
     restrict(role).map_err(io::Error::other)
+}
+
+/// Makes all threads use one heap. The C library would give each its own, and once one of them shrinks, open a file in
+/// /proc to learn whether it may; besides, most threads need next to nothing.
+fn keep_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it changes a number that is looked at when a thread first asks for memory.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
 }

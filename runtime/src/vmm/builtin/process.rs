@@ -28,7 +28,7 @@ use runvm_vmm::virtio::rng::Rng;
 use runvm_vmm::virtio::vsock::Vsock;
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::confinement::{confine, enter};
+use super::confinement::{confine, enter, read_only};
 use super::description::{Beginning, Description, FIRST_DESCRIPTOR, Failure, Report, Saving};
 use crate::error::sentence;
 use crate::share;
@@ -94,6 +94,13 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         }
         Beginning::Restore => (None, None, false),
     };
+    let template = match (&description.beginning, inherited.template) {
+        // The memory stays open as long as the machine runs, and is many others' too.
+        (Beginning::Restore, Some((state, memory))) => {
+            Some((state, read_only(&memory).map_err(failed("open the template's memory"))?))
+        }
+        (_, template) => template,
+    };
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
     let knock = knocked.try_clone().map_err(failed("make an event"))?;
@@ -116,7 +123,7 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         console,
         confinement: Arc::new(confine),
     };
-    match (kernel, inherited.template) {
+    match (kernel, template) {
         (Some(kernel), template) => {
             let machine = Machine::boot(config, kernel).map_err(failed("make the machine"))?;
             confine(Role::Owner).map_err(failed("confine the VM's process"))?;
@@ -130,6 +137,7 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         }
         (None, Some((state, memory))) => {
             let machine = Machine::restore(config, &state, memory).map_err(failed("fork the machine"))?;
+            drop(state);
             confine(Role::Owner).map_err(failed("confine the VM's process"))?;
             machine.resume();
             Ok((machine, Saving::NotAsked))

@@ -3,6 +3,7 @@ use std::os::unix::fs::FileExt as _;
 
 use super::super::driver::{Driver, Piece};
 use super::*;
+use crate::confinement::{Role, in_role};
 
 const OK: u8 = 0;
 const IO: u8 = 1;
@@ -110,6 +111,23 @@ fn sectors_are_read_and_written() {
     assert_eq!((disk.sector(1), disk.sector(2), disk.sector(3)), ([0xaa; 512], [0xaa; 512], [3; 512]));
     assert_eq!(disk.order(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
     assert_eq!(disk.read(VIRTIO_BLK_T_GET_ID, 0, 20), (OK, b"disk".iter().copied().chain([0; 16]).collect()));
+}
+
+#[test]
+fn requests_take_no_more_than_the_devices_thread_may() {
+    let mut through = disk_with(image(), |features| features & !(1 << VIRTIO_BLK_F_FLUSH));
+    let mut disk = disk();
+    in_role(Role::Device(Kind::Block), || {
+        assert_eq!(through.order(VIRTIO_BLK_T_OUT, 1, &[9; 512]), OK);
+        assert_eq!(disk.order(VIRTIO_BLK_T_OUT, 1, &[9; 1024]), OK);
+        assert_eq!(disk.read(VIRTIO_BLK_T_IN, 2, 512), (OK, vec![9; 512]));
+        assert_eq!(disk.order(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
+        for (kind, flags) in [(VIRTIO_BLK_T_DISCARD, 0), (VIRTIO_BLK_T_WRITE_ZEROES, 0), (VIRTIO_BLK_T_WRITE_ZEROES, 1)]
+        {
+            let status = disk.order(kind, 0, &range(0, 8, flags));
+            assert!(matches!(status, OK | UNSUPPORTED), "{status}");
+        }
+    });
 }
 
 #[test]

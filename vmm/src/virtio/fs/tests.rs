@@ -11,6 +11,7 @@ use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, Passthro
 use super::super::driver::Piece;
 use super::client::{Client, Opcode, REQUESTS, ROOT};
 use super::*;
+use crate::confinement::{Role, in_role};
 
 type Guest = Client<Fs<PassthroughFs>>;
 
@@ -178,6 +179,61 @@ fn a_session_goes_on_in_another_device() {
     assert!(matches!(set, Ok(_) | Err(libc::EOPNOTSUPP)), "{set:?}");
 
     assert!(second.device.save().unwrap().len() > 20);
+}
+
+#[test]
+fn requests_take_no_more_than_the_devices_thread_may() {
+    let tree = tree();
+    let mut guest = Client::new(device(tree.path())).unwrap();
+    let mut second = device(tree.path());
+    in_role(Role::Device(Kind::FileSystem), || {
+        guest.begin().unwrap();
+        let folder = guest.find("folder").unwrap().node;
+        let (new, handle) = guest.create(folder, "new").unwrap();
+        assert_eq!(guest.write(new.node, handle, 0, b"content"), Ok(7));
+        assert_eq!(guest.read(new.node, handle, 0, 100).unwrap(), b"content");
+        let words = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
+        let mode_and_mask = |mode: u32| words(&[mode.into()]);
+        // Mode, owner, size and both times.
+        let mut attributes = words(&[0b1_1111_1011, handle, 3, 0, 0, 0, 0, 0, 0o600 << 32, 0, 0]);
+        attributes[72..76].copy_from_slice(&0o600u32.to_le_bytes());
+        let extended = [&words(&[4, 0])[..], b"user.runvm\0", b"set!"].concat();
+        let listed = [&4096u64.to_le_bytes()[..], b"user.runvm\0"].concat();
+        for (what, node, arguments) in [
+            (Opcode::Mkdir, folder, [&mode_and_mask(0o755)[..], b"made\0"].concat()),
+            (Opcode::Mknod, folder, [&words(&[u64::from(libc::S_IFIFO | 0o600), 0])[..], b"fifo\0"].concat()),
+            (Opcode::Symlink, folder, b"link\0file\0".to_vec()),
+            (Opcode::Link, folder, [&words(&[new.node])[..], b"again\0"].concat()),
+            (Opcode::Rename2, folder, [&words(&[folder, 0])[..], b"again\0other\0"].concat()),
+            (Opcode::Unlink, folder, b"other\0".to_vec()),
+            (Opcode::Rmdir, folder, b"made\0".to_vec()),
+            (Opcode::Getattr, new.node, words(&[0, 0])),
+            (Opcode::Setattr, new.node, attributes),
+            (Opcode::Setxattr, new.node, extended),
+            (Opcode::Getxattr, new.node, listed.clone()),
+            (Opcode::Listxattr, new.node, words(&[4096])),
+            (Opcode::Removexattr, new.node, b"user.runvm\0".to_vec()),
+            (Opcode::Statfs, new.node, Vec::new()),
+            (Opcode::Access, new.node, words(&[4])),
+            (Opcode::Fallocate, new.node, words(&[handle, 0, 4096, 0])),
+            (Opcode::Lseek, new.node, words(&[handle, 0, libc::SEEK_DATA as u64])),
+            (Opcode::CopyFileRange, new.node, words(&[handle, 0, new.node, handle, 8192, 3, 0])),
+            (Opcode::Fsync, new.node, words(&[handle, 0])),
+            (Opcode::Fsync, new.node, words(&[handle, 1])),
+            (Opcode::Flush, new.node, words(&[handle, 0, 0])),
+            (Opcode::Syncfs, ROOT, words(&[0])),
+        ] {
+            let answer = guest.request(what, node, &[&arguments]);
+            assert!(matches!(answer, Ok(_) | Err(libc::EOPNOTSUPP)), "{what:?}: {answer:?}");
+        }
+        let link = guest.find("folder/link").unwrap().node;
+        assert_eq!(guest.request(Opcode::Readlink, link, &[]).unwrap(), b"file");
+        second.restore(&guest.device.save().unwrap()).unwrap();
+        second.start(&mut guest.driver.io).unwrap();
+        guest.device = second;
+        assert_eq!(guest.read(new.node, handle, 0, 3).unwrap(), b"con");
+        guest.device.reset();
+    });
 }
 
 #[test]
