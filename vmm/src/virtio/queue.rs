@@ -72,6 +72,7 @@ impl VirtQueue {
         let mut blocked = false;
         loop {
             self.queue.disable_notification(&**memory).map_err(self.malformed())?;
+            let before = budget;
             while budget > 0 && !blocked {
                 let Some(chain) = self.pop(memory)? else { break };
                 let head = chain.head_index();
@@ -88,7 +89,9 @@ impl VirtQueue {
             if blocked || !more {
                 break;
             }
-            if budget == 0 {
+            // Where there were none and now are some, our own notes to the driver may lie on its index and make it so,
+            // time and again.
+            if budget == 0 || budget == before {
                 self.kick();
                 break;
             }
@@ -208,7 +211,7 @@ impl VirtQueue {
     }
 
     /// The queue as the registers know it.
-    pub(super) fn into_queue(self) -> Queue {
+    pub fn into_queue(self) -> Queue {
         self.queue
     }
 
@@ -220,8 +223,26 @@ impl VirtQueue {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+    use crate::virtio::Device as _;
     use crate::virtio::driver::{Driver, Piece};
     use crate::virtio::rng::Rng;
+
+    #[test]
+    fn rings_that_overlap_keep_nobody_for_ever() {
+        let mut driver = Driver::new(&Rng);
+        driver.put(0, &[Piece::Writable(1)]);
+        Rng.queue_ready(&mut driver.io, 0).unwrap();
+        // What says whether the driver shall kick is now the index of what it offers, which one chain is behind already.
+        let memory = driver.io.memory.clone();
+        let mut queue = driver.io.queues.remove(0).into_queue();
+        queue.set_used_ring_address(Some(queue.avail_ring() as u32 + 4), None);
+        queue.set_avail_ring_address(Some(queue.avail_ring() as u32 + 2), None);
+        assert_eq!(queue.used_ring(), queue.avail_ring() + 2);
+        let mut queue = VirtQueue::new(0, queue, Event::new().unwrap(), driver.interrupt.clone());
+        queue.drain(&memory, |_| panic!("there is none")).unwrap();
+        assert!(queue.kick_descriptor().clear(), "it is looked at again later");
+    }
 
     #[test]
     fn chains_that_go_back_together_are_seen_together() {
