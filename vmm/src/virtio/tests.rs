@@ -145,6 +145,8 @@ fn a_saved_device_goes_on_in_another_one() {
     let text = serde_json::to_string(&saved).unwrap();
     for (sound, damaged) in [
         (r#""kind":4"#, r#""kind":5"#),
+        (r#""status":15"#, r#""status":7"#),
+        (r#""status":15"#, r#""status":31"#),
         (r#""max_size":16"#, r#""max_size":32"#),
         (r#""desc_table":0"#, r#""desc_table":7"#),
         (r#""device":[]"#, r#""device":[1]"#),

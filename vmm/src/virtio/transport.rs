@@ -31,6 +31,10 @@ const CONFIG: u64 = 0x100;
 const TRANSPORT_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
+/// The bits of the status that are a driver's to set.
+const STATUS: u32 =
+    VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+
 /// A device that cannot be offered to a guest.
 #[derive(Debug, Error)]
 pub enum TransportError {
@@ -227,11 +231,7 @@ impl Transport {
             return;
         }
         let old = self.registers.status;
-        let known = VIRTIO_CONFIG_S_ACKNOWLEDGE
-            | VIRTIO_CONFIG_S_DRIVER
-            | VIRTIO_CONFIG_S_FEATURES_OK
-            | VIRTIO_CONFIG_S_DRIVER_OK;
-        let mut new = old | value & known;
+        let mut new = old | value & STATUS;
         let features = self.registers.driver_features;
         if new & !old & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.acceptable(features) {
             new &= !VIRTIO_CONFIG_S_FEATURES_OK;
@@ -337,7 +337,11 @@ impl Transport {
             return Err(damaged("it is of another kind"));
         }
         let registers = saved.registers;
-        if registers.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.acceptable(registers.driver_features) {
+        let status = |bit| registers.status & bit != 0;
+        if status(!STATUS) || status(VIRTIO_CONFIG_S_DRIVER_OK) && !status(VIRTIO_CONFIG_S_FEATURES_OK) {
+            return Err(damaged("no driver could have brought it so far"));
+        }
+        if status(VIRTIO_CONFIG_S_FEATURES_OK) && !self.acceptable(registers.driver_features) {
             return Err(damaged("its features are not offered"));
         }
         if saved.queues.len() != self.queues.len() {
