@@ -13,9 +13,9 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_getfl};
 use thiserror::Error;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::oslib::WritevFlags;
@@ -29,6 +29,9 @@ pub const SECTOR: u64 = 512;
 const QUEUE_SIZE: u16 = 256;
 /// The most pieces of data in a request, beside its header and its status.
 const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
+/// The most bytes in a piece, and in all of a request's: what no disk takes long for.
+const MAX_SEGMENT: u32 = 1 << 16;
+const MAX_DATA: usize = (MAX_SEGMENTS * MAX_SEGMENT) as usize;
 /// How many requests are served before the guest is told and the machine may be paused.
 const BATCH: u16 = 16;
 
@@ -143,7 +146,7 @@ impl Block {
 
     fn read(&self, sector: u64, writer: &mut Writer<'_>) -> Result<(), Failure> {
         let mut left = writer.available_bytes();
-        let mut offset = self.offset(sector, left as u64)?;
+        let mut offset = self.offset_of(sector, left)?;
         while left > 0 {
             match writer.read_from_file_at(&self.image, left, offset, None)? {
                 // Somebody has made the image shorter.
@@ -158,7 +161,7 @@ impl Block {
     fn write(&self, sector: u64, mut reader: Reader<'_>) -> Result<(), Failure> {
         let flags = self.through.then_some(WritevFlags::RWF_DSYNC);
         let mut left = reader.available_bytes();
-        let mut offset = self.offset(sector, left as u64)?;
+        let mut offset = self.offset_of(sector, left)?;
         while left > 0 {
             match reader.write_to_file_at(&self.image, left, offset, flags)? {
                 0 => return Err(Failure::Io),
@@ -200,6 +203,11 @@ impl Block {
         Ok(())
     }
 
+    /// [`Self::offset`], of what a request reads or writes.
+    fn offset_of(&self, sector: u64, data: usize) -> Result<u64, Failure> {
+        if data > MAX_DATA { Err(Failure::Io) } else { self.offset(sector, data as u64) }
+    }
+
     /// Where in the image so many bytes begin, if all of them are in it.
     fn offset(&self, sector: u64, bytes: u64) -> Result<u64, Failure> {
         let end = bytes.is_multiple_of(SECTOR).then(|| sector.checked_add(bytes / SECTOR)).flatten();
@@ -219,6 +227,7 @@ fn layout(sectors: u64) -> Vec<u8> {
     let mut bytes = vec![0; 60];
     bytes[..8].copy_from_slice(&sectors.to_le_bytes());
     let fields = [
+        (8, MAX_SEGMENT),
         (12, MAX_SEGMENTS),
         (20, SECTOR as u32),
         // Discarding: the most sectors, the most ranges, the alignment.
@@ -246,7 +255,8 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let always = 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_FLUSH;
+        let sizes = 1 << VIRTIO_BLK_F_SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE;
+        let always = sizes | 1 << VIRTIO_BLK_F_FLUSH;
         let writable = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
         always | if self.read_only { 1 << VIRTIO_BLK_F_RO } else { writable }
     }

@@ -1,6 +1,8 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
 
+use vm_memory::{Bytes as _, GuestAddress};
+
 use super::super::driver::{Driver, Piece};
 use super::*;
 use crate::confinement::{Role, in_role};
@@ -171,6 +173,29 @@ fn nothing_beyond_the_image_is_read_or_written() {
     disk.image.set_len(4 * SECTOR).unwrap();
     assert_eq!(disk.read(VIRTIO_BLK_T_IN, 3, 512).0, OK);
     assert_eq!(disk.read(VIRTIO_BLK_T_IN, 3, 1024).0, IO);
+}
+
+#[test]
+fn no_request_has_more_than_it_may() {
+    let image = image();
+    image.set_len(MAX_DATA as u64 + SECTOR).unwrap();
+    let mut disk = disk_with(image, |features| features);
+    assert_eq!(disk.device.config().bytes()[8..12], (1u32 << 16).to_le_bytes());
+    // The same memory again and again, in a table of its own: a request need not have as much memory as it has data.
+    let descriptor = |address: u64, length: u32, flags: u16, next: u16| {
+        [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
+    };
+    for (pieces, expected) in [(254, OK), (255, IO)] {
+        disk.driver.io.memory.write_slice(&header(VIRTIO_BLK_T_IN, 0), GuestAddress(1 << 20)).unwrap();
+        let mut table = descriptor(1 << 20, 16, 1, 1);
+        for piece in 0..pieces {
+            table.extend(descriptor(2 << 20, 1 << 16, 3, piece + 2));
+        }
+        table.extend(descriptor(3 << 20, 1, 2, 0));
+        disk.driver.io.memory.write_slice(&table, GuestAddress(7 << 20)).unwrap();
+        disk.put(&[Piece::Raw { address: 7 << 20, length: table.len() as u32, flags: 4, next: 0 }]);
+        assert_eq!(disk.driver.io.memory.read_obj::<u8>(GuestAddress(3 << 20)).unwrap(), expected, "{pieces}");
+    }
 }
 
 #[test]

@@ -53,6 +53,10 @@ const QUEUES: [u16; 2] = [URGENT_QUEUE_SIZE, REQUEST_QUEUE_SIZE];
 /// rarity, and whoever waits for the first one should not wait for all of a full queue.
 const BATCH: u16 = 16;
 
+/// The largest request, and the largest answer, in bytes: the megabyte that virtiofsd grants, and the headers before it.
+/// What a chain has beyond is left alone, lest a single one keep the device for as long as gigabytes take.
+const MAX_MESSAGE: usize = (1 << 20) + 4096;
+
 /// A tag that a guest cannot mount by, or no memory.
 #[derive(Debug, Error)]
 pub enum FsError {
@@ -102,7 +106,9 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Fs<F> {
 
     /// Serves a request; how much was written into it.
     fn serve(&self, memory: &IoMemory, chain: &Chain) -> u32 {
-        let Ok((reader, writer)) = memory.buffers(chain) else { return 0 };
+        let Ok((mut reader, mut writer)) = memory.buffers(chain) else { return 0 };
+        // Each keeps what is before; the rest is dropped here, and there may be none.
+        let _ = (reader.split_at(MAX_MESSAGE), writer.split_at(MAX_MESSAGE));
         // The server takes it for granted that there is room for an answer's header, but there is none where the guest
         // wants no answer.
         let served = if writer.available_bytes() < size_of::<OutHeader>() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::TempDir;
-use virtiofsd::fuse::{BatchForgetIn, LkIn, OpenIn, ReadIn};
+use virtiofsd::fuse::{BatchForgetIn, CopyfilerangeIn, LkIn, OpenIn, ReadIn};
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, PassthroughFs};
 
@@ -343,6 +343,24 @@ fn chains_that_lack_a_part_are_given_back() {
         assert!(guest.put(REQUESTS, &[Piece::Readable(&request), outside]).is_empty());
     }
     assert_eq!(guest.read(node, handle, 0, 4).unwrap(), b"cont");
+}
+
+#[test]
+fn no_request_takes_as_long_as_it_likes() {
+    let tree = tree();
+    fs::File::create(tree.path().join("large")).unwrap().set_len(20 << 20).unwrap();
+    let mut guest = guest(tree.path());
+    let node = guest.find("large").unwrap().node;
+    let handle = guest.open(node, libc::O_RDWR).unwrap();
+    let read = ReadIn { fh: handle, size: 3 << 20, ..Default::default() };
+    let answer = guest.request_for(Opcode::Read as u32, node, &[read.as_slice()], 3 << 20).unwrap();
+    assert_eq!(answer.len(), MAX_MESSAGE - size_of::<OutHeader>());
+
+    let (other, into) = guest.create(ROOT, "other").unwrap();
+    let copy =
+        CopyfilerangeIn { fh_in: handle, nodeid_out: other.node, fh_out: into, len: 20 << 20, ..Default::default() };
+    let answer = guest.request(Opcode::CopyFileRange, node, &[copy.as_slice()]).unwrap();
+    assert_eq!(answer[..4], (16u32 << 20).to_le_bytes());
 }
 
 #[test]
