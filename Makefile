@@ -36,6 +36,11 @@ test: PURPOSES += lint test
 test: build ## pass the lints, the unit tests and the suites on real engines
 	@packaging/test.sh
 
+.PHONY: soak
+soak: PURPOSES += fuzz
+soak: dependencies ## fuzz the devices, for ten minutes each or FUZZ_SECONDS
+	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) vmm/fuzz/fuzz.sh
+
 .PHONY: bench
 bench: PURPOSES += test bench
 bench: build ## measure runc, crun, runsc and runvm side by side

@@ -5,7 +5,7 @@
 # demonstrating runvm needs, from the distribution's packages. Where all is
 # there it changes nothing and asks no network.
 #
-# The purposes: build, run, lint, test, bench, demo.
+# The purposes: build, run, lint, test, fuzz, bench, demo.
 set -euo pipefail
 
 readonly RUST_VERSION=1.91
@@ -18,16 +18,18 @@ packages_for() {
     run) echo qemu-system-x86 ;;
     lint) echo shellcheck ;;
     # The engines, the network that dockerd makes, what the images are made of,
-    # the ps that `docker top` runs, and the machine that has an ordinary KVM.
-    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps qemu-system-x86 ;;
+    # the ps that `docker top` runs, the machine that has an ordinary KVM, and
+    # libFuzzer's compiler.
+    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps qemu-system-x86 g++ ;;
+    fuzz) echo g++ ;;
     bench) echo crun runsc ;;
     demo) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap ;;
-    *) die "no purpose is called '$1': say build, run, lint, test, bench or demo" ;;
+    *) die "no purpose is called '$1': say build, run, lint, test, fuzz, bench or demo" ;;
     esac
 }
 
 main() {
-    (($# > 0)) || die "usage: $0 build|run|lint|test|bench|demo ..."
+    (($# > 0)) || die "usage: $0 build|run|lint|test|fuzz|bench|demo ..."
     local purpose package missing=()
     for purpose; do
         [[ $purpose != build ]] || check_toolchain

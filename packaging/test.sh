@@ -23,6 +23,7 @@ main() {
     step 'shell scripts' shell_scripts
     # Both select the whole workspace, so that nothing is built twice.
     step 'unit tests' cargo test --locked --workspace --lib --bins --no-fail-fast
+    step 'fuzzing' vmm/fuzz/fuzz.sh
     step 'vmlinux' kernel/check.sh target/dist/lib/runvm/vmlinux
     step 'vmlinux-pvm' kernel/check.sh target/dist/lib/runvm/vmlinux-pvm
     step 'suites' cargo test --locked --workspace --test '*' --no-fail-fast
@@ -55,14 +56,10 @@ with_component() {
     "$@"
 }
 
-# deny.toml's reader. Without optimization it is built within a minute; it is kept in the cache.
 crates() {
-    local root=${RUNVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/runvm}/cargo-deny-$CARGO_DENY
-    if [[ ! -x $root/bin/cargo-deny ]]; then
-        env --unset=CARGO_TARGET_DIR CARGO_PROFILE_DEV_DEBUG=false \
-            cargo install --locked --debug --root "$root" "cargo-deny@$CARGO_DENY" || return
-    fi
-    "$root/bin/cargo-deny" --locked check --deny warnings bans licenses sources
+    local deny
+    deny=$(packaging/cargo-tool.sh cargo-deny "$CARGO_DENY") || return
+    "$deny" --locked check --deny warnings bans licenses sources
 }
 
 shell_scripts() {
@@ -75,7 +72,7 @@ shell_scripts() {
 conclude() {
     printf '\n== summary\n'
     printf '%s\n' "${summary[@]}"
-    grep '^test result: ' "$log" || echo 'no test ran'
+    grep -e '^test result: ' -e '^fuzz: ' "$log" || echo 'no test ran'
     ((failures == 0))
 }
 

@@ -25,6 +25,8 @@ use bus::{Bus, Console, DEVICES, FIRST_INTERRUPT, Line, MAX_DEVICES, SERIAL_INTE
 use memory::MemoryError;
 use snapshot::Saved;
 pub use snapshot::SnapshotError;
+#[cfg(feature = "driver")]
+pub use snapshot::{saved_devices, state_file};
 use vcpu::Vcpus;
 use x86::boot::{BootError, Kernel};
 use x86::state::StateError;

@@ -72,13 +72,8 @@ pub enum SnapshotError {
 impl Saved {
     pub fn write(&self, mut file: impl Write) -> Result<(), SnapshotError> {
         let body = postcard::to_stdvec(self).map_err(SnapshotError::Encode)?;
-        let mut header = [0; HEADER];
-        header[..8].copy_from_slice(&MAGIC);
-        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        header[12..20].copy_from_slice(&(body.len() as u64).to_le_bytes());
-        header[20..].copy_from_slice(&crc32fast::hash(&body).to_le_bytes());
         let write = failed("write the machine's state");
-        file.write_all(&header).and_then(|()| file.write_all(&body)).map_err(write)
+        file.write_all(&header(&body)).and_then(|()| file.write_all(&body)).map_err(write)
     }
 
     pub fn read(mut file: impl Read) -> Result<Self, SnapshotError> {
@@ -117,6 +112,31 @@ impl Saved {
         memory::layout(saved.memory).map_err(|_| SnapshotError::Damaged("its memory has no possible size"))?;
         Ok(saved)
     }
+}
+
+/// What a state file begins with that has this body.
+fn header(body: &[u8]) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(&MAGIC);
+    header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+    header[12..20].copy_from_slice(&(body.len() as u64).to_le_bytes());
+    header[20..].copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+    header
+}
+
+/// The devices in a state file, for fuzzers.
+///
+/// # Errors
+/// [`SnapshotError`].
+#[cfg(feature = "driver")]
+pub fn saved_devices(file: impl Read) -> Result<Vec<SavedTransport>, SnapshotError> {
+    Saved::read(file).map(|saved| saved.devices)
+}
+
+/// A state file of this body, whose length and checksum are true, for fuzzers.
+#[cfg(feature = "driver")]
+pub fn state_file(body: &[u8]) -> Vec<u8> {
+    [&header(body), body].concat()
 }
 
 fn little_endian(bytes: &[u8]) -> u64 {
@@ -233,15 +253,8 @@ mod tests {
 
     #[test]
     fn what_is_no_snapshot_is_refused() {
-        let sound = |body: &[u8]| {
-            let mut file = MAGIC.to_vec();
-            file.extend(VERSION.to_le_bytes());
-            file.extend((body.len() as u64).to_le_bytes());
-            file.extend(crc32fast::hash(body).to_le_bytes());
-            file.extend(body);
-            file
-        };
-        let file = sound(b"no machine at all");
+        let body = b"no machine at all";
+        let file = [&header(body)[..], body].concat();
         assert!(matches!(Saved::read(&file[..]), Err(SnapshotError::Damaged("its fields are not those"))));
         assert!(matches!(Saved::read(&file[..10]), Err(SnapshotError::Foreign)));
         assert!(matches!(Saved::read(&file[..30]), Err(SnapshotError::Damaged("its length is not what it says"))));

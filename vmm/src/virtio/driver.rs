@@ -3,7 +3,7 @@
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
-use super::{Device, Interrupt, Io, Poller, VirtQueue};
+use super::{Device, DeviceError, Interrupt, Io, Poller, VirtQueue};
 use crate::{Event, Memory};
 
 /// How many bytes of memory a driver uses for its queues and buffers.
@@ -44,6 +44,28 @@ pub struct Request {
     /// By which the queue knows it.
     pub head: u16,
     writable: Vec<(u64, u32)>,
+}
+
+/// Has a device do what there is to do now, as its thread would, in this one; whether there was anything.
+///
+/// # Errors
+/// The device's, and those of waiting.
+pub fn serve(device: &mut dyn Device, io: &mut Io) -> Result<bool, DeviceError> {
+    let mut busy = false;
+    if io.poller.is_ready().map_err(DeviceError::host("wait for the host"))? {
+        for ready in io.poller.wait().map_err(DeviceError::host("wait for the host"))? {
+            device.descriptor_ready(io, ready)?;
+            busy = true;
+        }
+    }
+    for index in 0..io.queues.len() {
+        let queue = &io.queues[index];
+        if queue.kick_descriptor().clear() && queue.ready() {
+            device.queue_ready(io, index)?;
+            busy = true;
+        }
+    }
+    Ok(busy)
 }
 
 /// A driver of one device.

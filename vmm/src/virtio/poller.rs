@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+#[cfg(any(test, feature = "driver"))]
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 /// The tokens from here on are the worker's own.
@@ -58,6 +60,13 @@ impl Poller {
     /// Where it is not in the set.
     pub fn remove(&self, descriptor: impl AsFd) -> io::Result<()> {
         Ok(epoll::delete(&*self.0, descriptor)?)
+    }
+
+    /// Whether [`Poller::wait`] would return at once.
+    #[cfg(any(test, feature = "driver"))]
+    pub(super) fn is_ready(&self) -> io::Result<bool> {
+        let mut watched = [PollFd::new(&*self.0, PollFlags::IN)];
+        Ok(poll(&mut watched, Some(&Timespec::default()))? > 0)
     }
 
     /// Waits until something is ready.

@@ -81,8 +81,12 @@ impl Net {
         Self { tap: Tap::new(tap), mtu, config: ConfigSpace::new(config), awaited: EventFlags::empty() }
     }
 
-    /// Waits for the tap from now on, for nothing yet.
-    fn attach(&mut self, io: &Io) -> Result<(), DeviceError> {
+    /// Waits for the tap from now on, for nothing yet. [`Device::start`] does so when it has set up the tap; tests and
+    /// fuzzers, where a socket stands for one, begin here.
+    ///
+    /// # Errors
+    /// [`DeviceError::Host`] where it cannot be waited for.
+    pub fn attach(&mut self, io: &Io) -> Result<(), DeviceError> {
         self.awaited = EventFlags::empty();
         io.poller.add(&self.tap, TAP, self.awaited).map_err(DeviceError::host("wait for the tap"))
     }
