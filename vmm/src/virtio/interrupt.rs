@@ -57,6 +57,14 @@ impl Interrupt {
         self.reasons.store(reasons & (QUEUE | CONFIG), Ordering::Release);
     }
 
+    /// Raises it again where the driver has not acknowledged it: on its way to the guest's interrupt controller it is in
+    /// nobody's saved state.
+    pub fn repeat(&self) {
+        if self.reasons() != 0 {
+            self.line.raise();
+        }
+    }
+
     fn raise(&self, reason: u32) {
         self.reasons.fetch_or(reason, Ordering::AcqRel);
         self.line.raise();

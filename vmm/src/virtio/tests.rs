@@ -160,6 +160,28 @@ fn a_saved_device_goes_on_in_another_one() {
 }
 
 #[test]
+fn an_interrupt_that_nobody_has_seen_is_raised_in_the_restored_device() {
+    let mut driver = Driver::new(&Inverter);
+    let mut first = transport(&driver.io.memory);
+    start(&mut first);
+    driver.put(0, &[Piece::Readable(b"x"), Piece::Writable(1)]);
+    write(&mut first, 0x50, 0);
+    await_interrupt(&first);
+    first.rest();
+    let seen = |acknowledged| {
+        let mut second = transport(&driver.io.memory);
+        second.restore(first.save().unwrap()).unwrap();
+        if acknowledged {
+            write(&mut second, 0x64, 1);
+        }
+        second.go_on();
+        second.rest();
+        second.interrupt().line().clear()
+    };
+    assert_eq!((seen(false), seen(true)), (true, false));
+}
+
+#[test]
 fn a_malformed_queue_stops_its_device_alone() {
     let mut driver = Driver::new(&Inverter);
     let mut transport = transport(&driver.io.memory);

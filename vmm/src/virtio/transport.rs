@@ -285,6 +285,7 @@ impl Transport {
     /// Goes on after [`Transport::rest`] or [`Transport::restore`], if a driver has started the device.
     pub fn go_on(&mut self) {
         if self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && !self.queues.is_empty() {
+            self.interrupt.repeat();
             self.begin();
         }
     }
