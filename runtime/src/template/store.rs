@@ -84,13 +84,7 @@ impl Store {
         let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
         make(&self.0).map_err(TemplateError::file("make", &self.0))?;
         let key = shape.key();
-        let lock_path = self.0.join(format!("{key}{LOCK}"));
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&lock_path);
-        let lock = lock.map_err(TemplateError::file("open", &lock_path))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-            locked => locked.map_err(io::Error::from).map_err(TemplateError::file("lock", &lock_path))?,
-        }
+        let Some(lock) = self.lock(&key)? else { return Ok(None) };
         if self.open(shape).is_some() {
             return Ok(None);
         }
@@ -134,7 +128,7 @@ impl Store {
     }
 
     /// Removes the templates that can no longer be used, then those unused for longest until the others take no more
-    /// than `limit` bytes; the names of those that went.
+    /// than `limit` bytes, and what processes that were killed left; the names of the templates that went.
     ///
     /// # Errors
     /// [`TemplateError::File`].
@@ -148,7 +142,38 @@ impl Store {
                 gone.push(template.key);
             }
         }
+        self.sweep();
         Ok(gone)
+    }
+
+    /// Clears away drafts that nobody writes any more, and templates that their removers did not get rid of. What cannot
+    /// be removed now is left for the next time.
+    fn sweep(&self) {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        for name in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
+            let Some((key, end)) = name.split_once('.').filter(|(key, _)| is_key(key)) else { continue };
+            let _lock = match end {
+                "draft" => match self.lock(key) {
+                    Ok(Some(lock)) => Some(lock),
+                    _ => continue,
+                },
+                _ if end.parse::<u32>().is_ok() => None,
+                _ => continue,
+            };
+            let _ = discard(&self.0.join(&name));
+        }
+    }
+
+    /// The lock on the draft of a key; none where another process has it.
+    fn lock(&self, key: &str) -> Result<Option<File>> {
+        let path = self.0.join(format!("{key}{LOCK}"));
+        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let lock = lock.map_err(TemplateError::file("open", &path))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(TemplateError::file("lock", path)(error.into())),
+            Ok(()) => Ok(Some(lock)),
+        }
     }
 
     fn look(&self, key: String, boot: &str) -> Option<Template> {
@@ -161,7 +186,7 @@ impl Store {
         let size = [&state, &memory].into_iter().flatten().map(|status| status.blocks() * 512).sum();
         let shape = fs::read(folder.join(SHAPE)).ok().and_then(|text| serde_json::from_slice::<Shape>(&text).ok());
         let used = state.as_ref().map_or(0, |status| u64::try_from(status.mtime()).unwrap_or(0));
-        let usable = memory.is_some() && shape.as_ref().is_some_and(|shape| shape.boot == boot);
+        let usable = state.is_some() && memory.is_some() && shape.as_ref().is_some_and(|shape| shape.boot == boot);
         Some(Template { key, shape, size, used, usable })
     }
 
@@ -278,6 +303,18 @@ mod tests {
         fs::write(left.join(STATE), "half").unwrap();
         make(&store, &current(1), b"whole");
         assert!(!left.exists() && store.open(&current(1)).is_some());
+    }
+
+    #[test]
+    fn pruning_clears_away_what_the_killed_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path().to_owned());
+        let writing = store.begin(&current(1)).unwrap().unwrap();
+        let left = [current(2).key() + DRAFT, current(2).key() + ".4194304"].map(|name| dir.path().join(name));
+        left.iter().for_each(|left| fs::create_dir(left).unwrap());
+        store.prune(MAX_TOTAL).unwrap();
+        assert!(left.iter().all(|left| !left.exists()));
+        assert!(writing.folder.is_dir(), "a draft that is being written stays");
     }
 
     #[test]
