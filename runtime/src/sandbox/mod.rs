@@ -12,10 +12,12 @@ use thiserror::Error;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 
 use crate::agent::{Agent, AgentError};
+use crate::error::sentence;
 use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::network::{self, Network, NetworkError};
 use crate::share::Export;
+use crate::template::{self, TemplateError};
 use crate::vmm::probe::{self, Accelerator, Choice, NoKvm, Wanted};
 use crate::vmm::{self, Channel, Machine, Nic, Vm, VmmError};
 
@@ -87,12 +89,12 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`SandboxError`]; then nothing of the VM is left.
-    pub async fn boot(config: Config) -> Result<Self, SandboxError> {
+    pub async fn boot(mut config: Config) -> Result<Self, SandboxError> {
         let choice = probe::choose(config.vm.accelerator)?;
         log::stage("probed");
         let network = network::scan().await?;
         log::stage("network scanned");
-        let failure = match Self::boot_with(&config, &network, choice.accelerator).await {
+        let failure = match Self::boot_over(&mut config, &network, choice.accelerator).await {
             Err(SandboxError::Boot { reason, .. })
                 if config.vm.accelerator == Wanted::Auto && choice.accelerator != Accelerator::Tcg =>
             {
@@ -103,6 +105,28 @@ impl Sandbox {
         let Choice { accelerator, reason } = probe::kvm_failed(&failure);
         tracing::warn!("starting without KVM: {reason}");
         Self::boot_with(&config, &network, accelerator).await
+    }
+
+    /// Boots once more where the machine's template turns out to be of no use, which is removed.
+    async fn boot_over(config: &mut Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
+        let (key, reason) = match Self::boot_with(config, network, accelerator).await {
+            Err(SandboxError::Vmm(VmmError::Template(TemplateError::Useless { key, reason })))
+                if config.vm.templates == template::Use::Auto =>
+            {
+                (key, reason)
+            }
+            booted => return booted,
+        };
+        tracing::warn!("a template is of no use and is removed: {reason}");
+        match config.vm.store().remove(&key) {
+            // Another process came to the same end.
+            Ok(()) | Err(TemplateError::Unknown(_)) => {}
+            Err(error) => {
+                tracing::warn!("it stays, and this machine does without: {}", sentence(&error));
+                config.vm.templates = template::Use::Off;
+            }
+        }
+        Self::boot_with(config, network, accelerator).await
     }
 
     async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
@@ -122,31 +146,34 @@ impl Sandbox {
             console: config.console.clone(),
             log: config.log.clone(),
         });
-        let silent = || {
-            let reason = format!("no answer of its agent within {} s", BOOT_LIMIT.as_secs());
-            SandboxError::Boot { accelerator, reason }
-        };
-        let mut vm = match tokio::time::timeout(BOOT_LIMIT, vm).await.map_err(|_| silent())? {
+        let silent = || format!("no answer of its agent within {} s", BOOT_LIMIT.as_secs());
+        let booted = tokio::time::timeout(BOOT_LIMIT, vm).await;
+        let mut vm = match booted.map_err(|_| SandboxError::Boot { accelerator, reason: silent() })? {
             Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
             vm => vm?,
         };
         let configured = tokio::select! {
             configured = tokio::time::timeout(BOOT_LIMIT, configure(config, network, vm.channel.clone())) => configured,
-            reason = vm.ended() => return Err(SandboxError::Boot { accelerator, reason }),
+            reason = vm.ended() => Ok(Err(SandboxError::Boot { accelerator, reason })),
         };
-        let agent = match configured {
-            Ok(Err(AgentError::Channel(_))) => {
-                let reason = match tokio::time::timeout(Duration::from_secs(5), vm.ended()).await {
+        let reason = match configured {
+            Ok(Err(SandboxError::Boot { reason, .. })) => reason,
+            Ok(Err(SandboxError::Agent(AgentError::Channel(_)))) => {
+                match tokio::time::timeout(Duration::from_secs(5), vm.ended()).await {
                     Ok(reason) => reason,
                     Err(_) => "its agent closed the channel".to_owned(),
-                };
-                return Err(SandboxError::Boot { accelerator, reason });
+                }
             }
-            Ok(agent) => agent?,
-            Err(_) => return Err(silent()),
+            Ok(agent) => {
+                log::stage("guest ready");
+                return Ok(Self { agent: agent?, vm });
+            }
+            Err(_) => silent(),
         };
-        log::stage("guest ready");
-        Ok(Self { vm, agent })
+        Err(match vm.template.take() {
+            Some(key) => VmmError::from(TemplateError::Useless { key, reason }).into(),
+            None => SandboxError::Boot { accelerator, reason },
+        })
     }
 
     /// The processes that make up the VM.
@@ -166,7 +193,7 @@ impl Sandbox {
 }
 
 /// The agent's first answers.
-async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>) -> Result<Agent, AgentError> {
+async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>) -> Result<Agent, SandboxError> {
     let agent = Agent::connect(channel).await?;
     let mut entropy = vec![0; ENTROPY];
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())

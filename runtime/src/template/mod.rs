@@ -51,6 +51,14 @@ pub enum TemplateError {
     /// No such name.
     #[error("there is no template \"{0}\": `runvm template list` shows those that there are")]
     Unknown(String),
+    /// Its machine cannot be made, or its guest does not answer.
+    #[error("the template {key} is of no use: {reason}; remove it with `runvm template remove {key}`")]
+    Useless {
+        /// Its name.
+        key: String,
+        /// Why, as a clause.
+        reason: String,
+    },
     /// A file cannot be read or written.
     #[error("cannot {action} {path}", path = path.display())]
     File {

@@ -111,6 +111,8 @@ pub struct Vm {
     /// Serves the files, where that is not the VMM's own business.
     share: Option<share::Daemon>,
     words: Words,
+    /// The name of the template that it was forked from.
+    pub template: Option<String>,
     /// The way to its agent.
     pub channel: Arc<dyn Channel>,
 }

@@ -84,7 +84,14 @@ impl Vmm for Qemu {
         });
         log::stage("vmm started");
         let words = process.stderr.take().map(|stderr| Box::new(stderr) as Box<_>);
-        Ok(Vm { process, identity, share: Some(share), words, channel: Arc::new(SerialChannel(opener)) })
+        Ok(Vm {
+            process,
+            identity,
+            share: Some(share),
+            words,
+            template: None,
+            channel: Arc::new(SerialChannel(opener)),
+        })
     }
 }
 

@@ -107,22 +107,16 @@ impl Builtin {
         })
     }
 
-    /// Forks the machine from a template; none where there is no template that is of use.
+    /// Forks the machine from a template; none where there is no template.
     async fn fork(&self, machine: &Machine, shape: &Shape) -> Result<Option<Vm>, VmmError> {
         let Some(files) = self.store.open(shape) else { return Ok(None) };
+        let key = shape.key();
         match begin(machine, Beginning::Restore, Some(files)).await {
             Ok((vm, _)) => {
                 log::stage("machine forked");
-                Ok(Some(vm))
+                Ok(Some(Vm { template: Some(key), ..vm }))
             }
-            Err(VmmError::Machine(reason)) if self.templates == template::Use::Auto => {
-                tracing::warn!("a template is of no use and is removed: {reason}");
-                match self.store.remove(&shape.key()) {
-                    // Another process came to the same end.
-                    Ok(()) | Err(TemplateError::Unknown(_)) => Ok(None),
-                    Err(error) => Err(error.into()),
-                }
-            }
+            Err(VmmError::Machine(reason)) => Err(TemplateError::Useless { key, reason }.into()),
             Err(error) => Err(error),
         }
     }
@@ -210,7 +204,7 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
     match converse(&mut control, &description).await? {
         Ok(saving) => {
             let words: super::Words = Some(Box::new(control));
-            Ok((Vm { process, identity, share: None, words, channel: Arc::new(doorway) }, saving))
+            Ok((Vm { process, identity, share: None, words, template: None, channel: Arc::new(doorway) }, saving))
         }
         Err(Failure::Share(error)) => Err(ShareError::Setup(error).into()),
         Err(Failure::Machine(reason)) => Err(VmmError::Machine(reason)),
