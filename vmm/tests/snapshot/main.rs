@@ -7,7 +7,7 @@ mod machine;
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -160,7 +160,7 @@ fn pauses_are_not_noticed() -> Result<()> {
     world.expect_alive()
 }
 
-fn copy(from: &Path, to: &PathBuf) -> Result<()> {
+fn copy(from: &Path, to: &Path) -> Result<()> {
     let status = Command::new("cp").args(["--archive", "--sparse=always"]).args([from, to]).status()?;
     if status.success() { Ok(()) } else { Err(format!("{} cannot be copied: {status}", from.display()).into()) }
 }
