@@ -100,6 +100,8 @@ fn start() -> Result<ExitCode> {
         .env(WORK, &work)
         .env("PATH", engine_path())
         .env("TMPDIR", work.join("tmp"))
+        // The machine's own templates are none of a suite's business.
+        .env("RUNVM_TEMPLATE_DIR", work.join("templates"))
         .spawn()
         .context("cannot start `unshare` of util-linux")?;
     let pid = Pid::from_child(&child);

@@ -6,6 +6,7 @@ mod processes;
 mod refused;
 mod report;
 mod surroundings;
+mod templates;
 
 use std::process::ExitCode;
 
@@ -14,8 +15,15 @@ use conformance::enclosure::run_inside;
 use conformance::suite::{Suite, run};
 
 fn main() -> ExitCode {
-    let cases =
-        [life::cases(), processes::cases(), surroundings::cases(), report::cases(), refused::cases(), missing::cases()];
+    let cases = [
+        life::cases(),
+        processes::cases(),
+        surroundings::cases(),
+        report::cases(),
+        refused::cases(),
+        missing::cases(),
+        templates::cases(),
+    ];
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
         let suite = Suite { name: "hand", cases: cases.into_iter().flatten().collect(), open: Hand::open };
         run(suite, || Workshop::open(enclosure))

@@ -1,7 +1,11 @@
 //! What a bundle asks of the world around the container: hooks, mounts, a network namespace.
 
-use anyhow::{Result, ensure};
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
 use conformance::bundle::Hand;
+use conformance::census::Process;
 use conformance::suite::{expect_equal, next_number};
 use conformance::{Case, Cmd, Outcome, case};
 use serde_json::{Value, json};
@@ -16,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(annotations_are_kept),
         case!(a_root_of_ones_own_for_the_records),
         case!(no_cgroup_path_at_all),
+        case!(the_process_behind_it_is_confined),
     ]
 }
 
@@ -36,9 +41,9 @@ fn hooks_run_in_their_order(h: &Hand) -> Result<Outcome> {
         });
     })?;
     bundle.run().ok()?;
-    let inside = std::fs::read_to_string(bundle.inside("state-inside"))?;
+    let inside = fs::read_to_string(bundle.inside("state-inside"))?;
     ensure!(inside.contains(&bundle.id), "the hook inside got no state: {inside}");
-    let order = std::fs::read_to_string(log)?;
+    let order = fs::read_to_string(log)?;
     ensure!(order.lines().count() == 4, "hooks are missing: {order}");
     // By the time of poststart, runc calls a container created or running, as it happens.
     let order = order.replace("poststart \"status\":\"created\"", "poststart \"status\":\"running\"");
@@ -94,8 +99,8 @@ fn a_network_namespace_with_a_veth(h: &Hand) -> Result<Outcome> {
 
 fn mounts_of_all_kinds(h: &Hand) -> Result<Outcome> {
     let source = h.folder().join("source");
-    std::fs::create_dir(&source)?;
-    std::fs::write(source.join("file"), "bound\n")?;
+    fs::create_dir(&source)?;
+    fs::write(source.join("file"), "bound\n")?;
     let script = "cat /bound/file /file; echo x >/bound/new; echo x >/file; echo x >/scratch/x && cat /scratch/x; stat -c %a /scratch";
     let bundle = h.bundle_with(&["sh", "-c", script], |config| {
         let mounts = [
@@ -139,7 +144,7 @@ fn a_root_of_ones_own_for_the_records(h: &Hand) -> Result<Outcome> {
     let elsewhere = bundle.call("state").run()?;
     bundle.call(&format!("{words} delete --force")).ok()?;
     expect_equal("codes", (known.code, elsewhere.code), (0, 1))?;
-    let left = std::fs::read_dir(root)?.count();
+    let left = fs::read_dir(root)?.count();
     Ok(Outcome::new().see("known", known.code).see("elsewhere", elsewhere.code).see("records left", left))
 }
 
@@ -152,4 +157,61 @@ fn no_cgroup_path_at_all(h: &Hand) -> Result<Outcome> {
     bundle.call("delete --force").ok()?;
     bundle.expect_no_trace()?;
     Ok(Outcome::new().see("status", status))
+}
+
+/// What is exposed to the container: with runc its own process, else the one that is its machine.
+fn the_process_behind_it_is_confined(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("sleep 1000")?;
+    bundle.create()?;
+    bundle.start()?;
+    let pid = bundle.state()?["pid"].as_i64().context("the state has a PID")?;
+    let all = Process::all()?;
+    let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the first process is there")?;
+    let exposed = if h.runtime().is_runc() {
+        first
+    } else {
+        let machine = first.family(&all).into_iter().find(|process| process.line.ends_with(" vm"));
+        machine.context("no process is the machine")?
+    };
+    let mut outcome = Outcome::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", exposed.pid))? {
+        let thread = thread?.path();
+        let status = fs::read_to_string(thread.join("status"))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.map(|value| value.trim().to_owned()).with_context(|| format!("no {name} in {status}"))
+        };
+        outcome = outcome.see("new privileges are forbidden", field("NoNewPrivs")?);
+        if h.runtime().is_runc() {
+            continue;
+        }
+        expect_equal(&format!("the filter of\n{status}"), field("Seccomp")?.as_str(), "2")?;
+        if field("Name")? != "filesystem" {
+            expect_equal(&format!("the capabilities of\n{status}"), u64::from_str_radix(&field("CapPrm")?, 16)?, 0)?;
+        }
+    }
+    if !h.runtime().is_runc() {
+        nothing_of_the_host_is_in_reach(exposed.pid, &bundle.id)?;
+    }
+    bundle.call("delete --force").ok()?;
+    Ok(outcome)
+}
+
+fn nothing_of_the_host_is_in_reach(pid: i32, id: &str) -> Result<()> {
+    for namespace in ["mnt", "net", "ipc", "uts"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}"));
+        ensure!(of(&pid.to_string())? != of("self")?, "it is in our namespace {namespace}");
+    }
+    let root = fs::read_dir(format!("/proc/{pid}/root"))?.map(|entry| Ok(entry?.file_name()));
+    expect_equal("its file system", root.collect::<std::io::Result<Vec<_>>>()?, vec![id.into()])?;
+    for descriptor in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        // What has been closed since is of no interest.
+        let Ok(target) = fs::read_link(descriptor?.path()) else { continue };
+        let ours = Path::new("/").join(id);
+        let known = !target.is_absolute()
+            || target.starts_with(ours)
+            || ["/", "/dev/null"].iter().any(|known| target == Path::new(known));
+        ensure!(known, "{} is open", target.display());
+    }
+    Ok(())
 }
