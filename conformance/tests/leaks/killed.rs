@@ -32,6 +32,7 @@ enum Part {
 
 impl Part {
     /// The process that is this part of a container. runc has but one for all of them.
+    /// The built-in VMM serves files itself.
     fn of(self, h: &Hand, bundle: &Bundle) -> Result<Process> {
         let all = Process::all()?;
         let pid = bundle.state()?["pid"].as_i64().context("the state has a PID")?;
@@ -42,11 +43,16 @@ impl Part {
         let family = first.family(&all);
         let part = family.into_iter().find(|process| match self {
             Self::Monitor => process.pid == first.pid,
-            Self::Vmm => process.name.starts_with("qemu"),
-            Self::Files => process.line.contains("share-daemon"),
+            Self::Vmm => process.name.starts_with("qemu") || is_builtin(process),
+            Self::Files => process.line.contains("share-daemon") || is_builtin(process),
         });
         part.cloned().with_context(|| format!("the part is not among the processes below {}", first.line))
     }
+}
+
+/// Whether this is a machine of the built-in VMM: `runvm … vm`.
+fn is_builtin(process: &Process) -> bool {
+    process.line.ends_with(" vm")
 }
 
 fn kill(process: &Process) -> Result<()> {

@@ -1,0 +1,83 @@
+//! Lifecycles one after another, forked from one template where there are templates: nothing stays, and the last are no
+//! slower than the first.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use conformance::bundle::Hand;
+use conformance::census::Census;
+use conformance::suite::expect_equal;
+use conformance::{Case, Outcome, case};
+
+/// How many lifecycles there are, unless [`COUNT`] says otherwise.
+const LIFECYCLES: usize = 50;
+/// The variable with their number.
+const COUNT: &str = "RUNVM_LIFECYCLES";
+/// How much slower the last fifth may be than the first, by its median, and how much in any case: machines are noisy.
+const SLOWER: u32 = 2;
+const NOISE: Duration = Duration::from_millis(200);
+
+pub(crate) fn cases() -> Vec<Case<Hand>> {
+    vec![case!(lifecycles_leave_nothing_and_stay_as_quick).alone()]
+}
+
+fn lifecycles_leave_nothing_and_stay_as_quick(h: &Hand) -> Result<Outcome> {
+    let count = match std::env::var(COUNT) {
+        Ok(count) => count.parse().with_context(|| format!("{COUNT}={count} is no number"))?,
+        Err(_) => LIFECYCLES,
+    };
+    ensure!(count >= 5, "{COUNT}={count} has no first and last fifth");
+    let folder = h.folder().join("templates");
+    let log = h.folder().join("log");
+    let bundle = h.bundle("echo ran; exit 3")?;
+    let run = || bundle.call(&format!("--debug --log {} run", log.display())).current_dir(&bundle.path);
+    let lifecycle = || {
+        let begun = Instant::now();
+        let output = run().env("RUNVM_TEMPLATE_DIR", &folder).run()?;
+        expect_equal("output and exit code", (output.text(), output.code), ("ran", 3))?;
+        anyhow::Ok(begun.elapsed())
+    };
+    // What is made once, a template above all, is there before the first that counts.
+    lifecycle()?;
+    let before = Census::take()?;
+    let templates = files(&folder)?;
+    let mut times = Vec::new();
+    for _ in 0..count {
+        // The log of one is as long as that of another.
+        std::fs::remove_file(&log)?;
+        times.push(lifecycle()?);
+        if !h.runtime().is_runc() {
+            let log = std::fs::read_to_string(&log)?;
+            ensure!(!log.contains("machine booted"), "not forked:\n{log}");
+        }
+    }
+    before.expect_nothing_new()?;
+    expect_equal("files of templates", files(&folder)?, templates)?;
+    let (first, last) = (median(&times[..count / 5]), median(&times[count - count / 5..]));
+    ensure!(last < first * SLOWER + NOISE, "at first a lifecycle took {first:?}, in the end {last:?}");
+    Ok(Outcome::new().see("left", 0))
+}
+
+fn median(times: &[Duration]) -> Duration {
+    let mut times = times.to_vec();
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+/// Everything in a folder, which need not be there.
+fn files(folder: &Path) -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    let mut todo = vec![folder.to_owned()];
+    while let Some(folder) = todo.pop().filter(|folder| folder.exists()) {
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            found.insert(entry.path().display().to_string());
+            if entry.file_type()?.is_dir() {
+                todo.push(entry.path());
+            }
+        }
+    }
+    Ok(found)
+}
