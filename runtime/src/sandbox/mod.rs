@@ -25,6 +25,8 @@ pub use size::Size;
 
 /// How long a guest may take from the machine's start to its agent's first answer.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// How long a guest may take that is there already.
+const FORK_LIMIT: Duration = Duration::from_secs(10);
 /// How much entropy the guest is given, in bytes.
 const ENTROPY: usize = 64;
 /// The longest line of the guest's log that is passed on, in bytes.
@@ -146,14 +148,15 @@ impl Sandbox {
             console: config.console.clone(),
             log: config.log.clone(),
         });
-        let silent = || format!("no answer of its agent within {} s", BOOT_LIMIT.as_secs());
+        let silent = |limit: Duration| format!("no answer of its agent within {} s", limit.as_secs());
         let booted = tokio::time::timeout(BOOT_LIMIT, vm).await;
-        let mut vm = match booted.map_err(|_| SandboxError::Boot { accelerator, reason: silent() })? {
+        let mut vm = match booted.map_err(|_| SandboxError::Boot { accelerator, reason: silent(BOOT_LIMIT) })? {
             Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
             vm => vm?,
         };
+        let limit = if vm.template.is_some() { FORK_LIMIT } else { BOOT_LIMIT };
         let configured = tokio::select! {
-            configured = tokio::time::timeout(BOOT_LIMIT, configure(config, network, vm.channel.clone())) => configured,
+            configured = tokio::time::timeout(limit, configure(config, network, vm.channel.clone())) => configured,
             reason = vm.ended() => Ok(Err(SandboxError::Boot { accelerator, reason })),
         };
         let reason = match configured {
@@ -165,10 +168,12 @@ impl Sandbox {
                 }
             }
             Ok(agent) => {
+                let agent = agent?;
                 log::stage("guest ready");
-                return Ok(Self { agent: agent?, vm });
+                probe::proved(accelerator);
+                return Ok(Self { agent, vm });
             }
-            Err(_) => silent(),
+            Err(_) => silent(limit),
         };
         Err(match vm.template.take() {
             Some(key) => VmmError::from(TemplateError::Useless { key, reason }).into(),

@@ -27,7 +27,7 @@ pub struct Options {
     pub templates: template::Use,
     /// Folder of the templates.
     #[arg(long, default_value = TEMPLATES, env = "RUNVM_TEMPLATE_DIR", value_name = "DIR")]
-    template_dir: PathBuf,
+    pub template_dir: PathBuf,
 }
 
 /// Which VMM the user asks for.

@@ -94,6 +94,8 @@ pub struct NoKvm(String);
 struct Cached {
     boot: String,
     choice: Choice,
+    /// A guest was seen to run so.
+    proved: bool,
 }
 
 /// Chooses the accelerator.
@@ -115,10 +117,10 @@ fn automatic() -> Choice {
     // Permission to open the device is the caller's, not the boot's.
     let openable = fs::File::options().read(true).write(true).open(Path::new("/dev/kvm")).is_ok();
     let boot = boot_id();
-    if let Some(cached) = cached(&boot)
-        && (openable || cached.accelerator == Accelerator::Tcg)
+    if let Some(Cached { choice, .. }) = cached(&boot)
+        && (openable || choice.accelerator == Accelerator::Tcg)
     {
-        return cached;
+        return choice;
     }
     let choice = match probe() {
         Ok(Kvm::Ordinary) => {
@@ -132,15 +134,30 @@ fn automatic() -> Choice {
     };
     // A device that is hidden from this caller may be there for the next.
     if openable {
-        keep(&boot, &choice);
+        keep(&boot, &choice, false);
     }
     choice
 }
 
-/// Notes, for the rest of this boot, that KVM promised what it did not keep.
+/// Notes that a guest runs with this accelerator.
+pub fn proved(accelerator: Accelerator) {
+    let boot = boot_id();
+    if let Some(cached) = cached(&boot)
+        && cached.choice.accelerator == accelerator
+        && !cached.proved
+    {
+        keep(&boot, &cached.choice, true);
+    }
+}
+
+/// What is left when a guest did not boot with KVM. Where none ever did, KVM promised what it does not keep, and is not
+/// asked again in this boot of the host; where one did, this guest alone has to do without.
 pub fn kvm_failed(reason: &str) -> Choice {
+    let boot = boot_id();
     let choice = Choice { accelerator: Accelerator::Tcg, reason: format!("KVM did not boot a guest: {reason}") };
-    keep(&boot_id(), &choice);
+    if !cached(&boot).is_some_and(|cached| cached.proved) {
+        keep(&boot, &choice, false);
+    }
     choice
 }
 
@@ -177,14 +194,14 @@ fn processor_virtualizes() -> bool {
         .is_some_and(|flags| flags.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
-fn cached(boot: &str) -> Option<Choice> {
+fn cached(boot: &str) -> Option<Cached> {
     let cached: Cached = serde_json::from_str(&fs::read_to_string(CACHE).ok()?).ok()?;
-    (!boot.is_empty() && cached.boot == boot).then_some(cached.choice)
+    (!boot.is_empty() && cached.boot == boot).then_some(cached)
 }
 
 /// Without the file the next start probes again: losing it costs some milliseconds.
-fn keep(boot: &str, choice: &Choice) {
-    let cached = Cached { boot: boot.to_owned(), choice: choice.clone() };
+fn keep(boot: &str, choice: &Choice, proved: bool) {
+    let cached = Cached { boot: boot.to_owned(), choice: choice.clone(), proved };
     let Ok(text) = serde_json::to_string(&cached) else { return };
     let temporary = format!("{CACHE}.{}", std::process::id());
     if fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, CACHE)).is_err() {
