@@ -53,7 +53,6 @@ impl Machine {
             machine.copy(&module.path(), &Path::new("modules").join(module.file_name()))?;
         }
         machine.install_runvm()?;
-        machine.install_qemu()?;
         Ok(machine)
     }
 
@@ -100,14 +99,6 @@ impl Machine {
             self.copy(&dist.join(file), &Path::new("opt/runvm").join(file))?;
         }
         self.copy_libraries(&dist.join("bin/runvm"))
-    }
-
-    /// The VMM, and the firmware of its machines.
-    fn install_qemu(&self) -> Result<()> {
-        for file in ["/usr/bin/qemu-system-x86_64", "/usr/share/qemu/qboot.rom"] {
-            self.copy(Path::new(file), Path::new(file))?;
-        }
-        self.copy_libraries(Path::new("/usr/bin/qemu-system-x86_64"))
     }
 
     /// Copies what the loader would load with a program; nothing where it is static.

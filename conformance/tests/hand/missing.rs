@@ -1,5 +1,7 @@
 //! What runvm needs and does not find. runc needs none of it and runs: listed differences.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, ensure};
 use conformance::bundle::{Bundle, Hand};
 use conformance::suite::expect_equal;
@@ -10,7 +12,8 @@ use crate::refused::refuse_cmd;
 pub(crate) fn cases() -> Vec<Case<Hand>> {
     vec![
         case!(no_guest_kernel),
-        case!(no_vmm).tcg(),
+        case!(no_qemu_where_it_is_wanted).tcg(),
+        case!(no_qemu_where_kvm_is_usable),
         case!(kvm_demanded_and_not_there),
         case!(without_kvm_it_is_emulated),
     ]
@@ -28,14 +31,27 @@ fn no_guest_kernel(h: &Hand) -> Result<Outcome> {
     refuse_cmd(h, run_of(&bundle).env("RUNVM_ASSETS", &path), &[&path, "vmlinux"], Some(&bundle))
 }
 
-fn no_vmm(h: &Hand) -> Result<Outcome> {
+fn no_qemu_where_it_is_wanted(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle("true")?;
-    // A PATH with everything but QEMU.
+    let run = run_of(&bundle).env("PATH", path_without_qemu(h)?).env("RUNVM_VMM", "qemu");
+    refuse_cmd(h, run, &["qemu"], Some(&bundle))
+}
+
+fn no_qemu_where_kvm_is_usable(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("echo ran")?;
+    let run = run_of(&bundle).env("PATH", path_without_qemu(h)?).run()?;
+    expect_equal("output", run.text(), "ran")?;
+    bundle.expect_no_trace()?;
+    Ok(Outcome::new().see_output("run", &run))
+}
+
+/// A PATH with everything but QEMU.
+fn path_without_qemu(h: &Hand) -> Result<PathBuf> {
     let path = h.folder().join("path");
     let script = "mkdir \"$0\"; for d in /usr/sbin /usr/bin /sbin /bin; do for p in $d/*; do
                   case $p in */qemu*) ;; *) ln -sf $p \"$0/\";; esac; done; done";
     Cmd::new("sh").args(["-c", script]).arg(&path).ok()?;
-    refuse_cmd(h, run_of(&bundle).env("PATH", &path), &["qemu"], Some(&bundle))
+    Ok(path)
 }
 
 /// A command in a mount namespace whose /dev has no kvm.

@@ -1,6 +1,6 @@
 //! The cases, in the order in which the machine runs them: that of their names.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use conformance::Output;
 use conformance::suite::expect_equal;
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     },
     Case {
         name: "cold_start",
-        script: "runvm run \"$ID\"",
+        script: "runvm --template off run \"$ID\"",
         command: &["sh", "-c", "uname -r; echo out; echo err >&2; exit 37"],
         configure: |_| {},
         judge: cold_start,
@@ -37,6 +37,26 @@ pub(crate) const CASES: &[Case] = &[
             expect_equal("exit code", output.code, 5)?;
             expect_equal("standard error", output.stderr.as_str(), "err\n")?;
             expect_equal("standard output", output.stdout.as_str(), "inside\nin\n")
+        },
+    },
+    Case {
+        name: "template",
+        script: r#"
+            runvm template create --interfaces 0 >key
+            runvm template list
+            runvm run "$ID"
+            grep -c 'reached machine forked' /tmp/log
+            runvm template remove "$(cat key)"
+        "#,
+        command: &["uname", "-r"],
+        configure: |_| {},
+        judge: |output| {
+            expect_equal("exit code", output.code, 0)?;
+            let lines: Vec<_> = output.stdout.lines().collect();
+            let [_, template, kernel, forks] = lines[..] else { bail!("standard output: {:?}", output.stdout) };
+            ensure!(template.ends_with("yes"), "the template is not usable: {template}");
+            ensure!(kernel.ends_with("-runvm"), "the kernel is {kernel}");
+            expect_equal("forks", forks, "1")
         },
     },
     Case {

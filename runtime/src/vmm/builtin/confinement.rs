@@ -21,6 +21,8 @@ use crate::share::{self, Export, SetupError};
 /// What could not be shared, or not be given up.
 pub fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
     keep_one_heap();
+    // Kernels before 6.4 tell of the auxiliary vector in /proc alone, which is about to go.
+    rustix::param::page_size();
     let file_system = share::enter(exports)?;
     share::confine::drop_privileges()?;
     Ok(file_system)

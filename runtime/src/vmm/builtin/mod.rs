@@ -201,13 +201,14 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
     control.set_nonblocking(true).map_err(VmmError::Start)?;
     let mut control = UnixStream::from_std(control).map_err(VmmError::Start)?;
     log::stage("vmm started");
-    match converse(&mut control, &description).await? {
-        Ok(saving) => {
-            let words: super::Words = Some(Box::new(control));
-            Ok((Vm { process, identity, share: None, words, template: None, channel: Arc::new(doorway) }, saving))
-        }
-        Err(Failure::Share(error)) => Err(ShareError::Setup(error).into()),
-        Err(Failure::Machine(reason)) => Err(VmmError::Machine(reason)),
+    let report = converse(&mut control, &description).await?;
+    let words: super::Words = Some(Box::new(control));
+    let mut vm = Vm { process, identity, share: None, words, template: None, channel: Arc::new(doorway) };
+    match report {
+        Some(Ok(saving)) => Ok((vm, saving)),
+        Some(Err(Failure::Share(error))) => Err(ShareError::Setup(error).into()),
+        Some(Err(Failure::Machine(reason))) => Err(VmmError::Machine(reason)),
+        None => Err(VmmError::Machine(vm.ended().await)),
     }
 }
 
@@ -229,8 +230,8 @@ fn spawn(machine: &Machine, control: OwnedFd, descriptors: Vec<OwnedFd>) -> Resu
     Ok((process, identity))
 }
 
-/// Tells the process what to make, and waits for its report.
-async fn converse(control: &mut UnixStream, description: &Description) -> Result<Report, VmmError> {
+/// Tells the process what to make, and waits for its report; none where it ended without one.
+async fn converse(control: &mut UnixStream, description: &Description) -> Result<Option<Report>, VmmError> {
     let text = serde_json::to_vec(description).map_err(|error| VmmError::Start(error.into()))?;
     // Where it has ended in the meantime, its report is missing, which is the better story.
     let _ = control.write_all(&text).await;
@@ -239,5 +240,5 @@ async fn converse(control: &mut UnixStream, description: &Description) -> Result
     // No more than the line: what follows is for later.
     let mut reader = BufReader::with_capacity(1, tokio::io::AsyncReadExt::take(control, MAX_REPORT as u64));
     reader.read_until(b'\n', &mut report).await.map_err(VmmError::Start)?;
-    serde_json::from_slice(&report).map_err(|_| VmmError::Machine("its process ended without a word".to_owned()))
+    Ok(serde_json::from_slice(&report).ok())
 }
