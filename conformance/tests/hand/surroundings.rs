@@ -162,7 +162,6 @@ fn no_cgroup_path_at_all(h: &Hand) -> Result<Outcome> {
 /// What is exposed to the container: with runc its own process, else the one that is its machine.
 fn the_process_behind_it_is_confined(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle("sleep 1000")?;
-    bundle.create()?;
     bundle.start()?;
     let pid = bundle.state()?["pid"].as_i64().context("the state has a PID")?;
     let all = Process::all()?;

@@ -311,6 +311,7 @@ impl Parts {
     }
 
     fn assemble(self) -> Result<Machine, MachineError> {
+        self.devices.iter().try_for_each(Transport::ready)?;
         let bus = Arc::new(Bus::new(self.devices, self.console));
         let (sender, ends) = mpsc::channel();
         let event = Event::new().map_err(|source| MachineError::Host { step: "wait for its end", source })?;

@@ -109,7 +109,7 @@ struct QueueStateFields {
 }
 
 impl Transport {
-    /// Offers a device, whose thread is `confinement`'s first.
+    /// Offers a device, whose thread is `confinement`'s first: [`Transport::ready`] tells when it has done its part.
     ///
     /// # Errors
     /// [`TransportError`].
@@ -123,6 +123,14 @@ impl Transport {
         let interrupt = Interrupt::new().map_err(setup)?;
         let worker = Worker::spawn(device, confinement).map_err(setup)?;
         Ok(Self { kind, offered, worker, config, memory, interrupt, kicks, registers: Registers::default(), queues })
+    }
+
+    /// Waits until the device's thread is confined; to be called once.
+    ///
+    /// # Errors
+    /// Where it cannot be.
+    pub fn ready(&self) -> Result<(), TransportError> {
+        self.worker.ready().map_err(|error| TransportError::Setup(self.kind, error))
     }
 
     /// The device's kind.

@@ -34,15 +34,16 @@ pub struct Worker {
     failed: Arc<AtomicBool>,
     orders: Option<Sender<Order>>,
     ended: Receiver<Io>,
+    confined: Receiver<io::Result<()>>,
     serving: bool,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
-    /// Starts the thread, which waits.
+    /// Starts the thread, which is confined while the caller does something else: see [`Worker::ready`].
     ///
     /// # Errors
-    /// Where there can be no thread, or it cannot be confined.
+    /// Where there can be no thread.
     pub fn spawn(mut device: Box<dyn Device>, confinement: Confinement) -> io::Result<Self> {
         let kind = device.kind();
         let stop = Event::new()?;
@@ -75,8 +76,15 @@ impl Worker {
                 }
             })?
         };
-        confined.recv().map_err(|_| io::Error::other("a device's thread ended at once"))??;
-        Ok(Self { stop, failed, orders: Some(orders), ended, serving: false, thread: Some(thread) })
+        Ok(Self { stop, failed, orders: Some(orders), ended, confined, serving: false, thread: Some(thread) })
+    }
+
+    /// Waits until the thread is confined, which is to be seen before the guest runs.
+    ///
+    /// # Errors
+    /// Where it cannot be confined: then the device is never served.
+    pub fn ready(&self) -> io::Result<()> {
+        self.confined.recv().map_err(|_| io::Error::other("a device's thread ended at once"))?
     }
 
     /// Has the device served from now on.
