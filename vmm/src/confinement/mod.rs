@@ -2,7 +2,7 @@
 //!
 //! Whoever finds a flaw in a device runs as the thread that serves it. So each thread gives up all system calls but
 //! those that its role takes, before the guest runs; a thread that makes another one takes its whole process with it.
-//! [`calls`] has the lists, role by role.
+//! `calls` has the lists, role by role.
 //!
 //! The threads share one memory, and who has taken over one of them may come to run in any other: the wall is what the
 //! widest of the lists leaves, that of files. The others stand where an attack begins.
