@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use nix::libc;
 use nix::sys::resource::{Resource, setrlimit};
@@ -27,6 +27,18 @@ const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETUID)
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
+
+/// Closes what else came from the parent: an engine may have left it open for all its descendants.
+///
+/// # Errors
+/// Where the host's kernel cannot.
+pub(crate) fn close_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: nothing in this process holds a descriptor from that number on yet: it is called before any is opened.
+    match unsafe { libc::close_range(first.cast_unsigned(), libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// Dies with the parent, and gives up its stdin, which is returned.
 pub(crate) fn begin() -> Result<OwnedFd, SetupError> {

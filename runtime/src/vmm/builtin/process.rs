@@ -13,7 +13,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
-use nix::libc;
 use runvm_protocol::{SHARE_TAG, VSOCK_PORT};
 use runvm_vmm::Event;
 use runvm_vmm::confinement::Role;
@@ -196,10 +195,7 @@ impl Inherited {
     /// Takes them, and closes what else an engine may have left open for all its descendants.
     fn of(description: &Description) -> std::io::Result<Self> {
         let end = FIRST_DESCRIPTOR + description.descriptors();
-        // SAFETY: nothing in this process holds a descriptor from that number on yet.
-        if unsafe { libc::close_range(end.cast_unsigned(), libc::c_uint::MAX, 0) } != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
+        share::confine::close_from(end)?;
         // SAFETY: the owner maps exactly these numbers, and each is taken once.
         let mut all = (FIRST_DESCRIPTOR..end).map(|number| unsafe { OwnedFd::from_raw_fd(number) });
         let missing = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
