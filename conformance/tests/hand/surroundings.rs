@@ -161,8 +161,9 @@ fn no_cgroup_path_at_all(h: &Hand) -> Result<Outcome> {
 
 /// What is exposed to the container: with runc its own process, else the one that is its machine.
 fn the_process_behind_it_is_confined(h: &Hand) -> Result<Outcome> {
-    let bundle = h.bundle("sleep 1000")?;
+    let bundle = h.bundle("echo ready; sleep 1000")?;
     bundle.start()?;
+    bundle.expect_written("ready")?;
     let pid = bundle.state()?["pid"].as_i64().context("the state has a PID")?;
     let all = Process::all()?;
     let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the first process is there")?;
