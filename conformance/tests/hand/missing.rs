@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use conformance::bundle::{Bundle, Hand};
+use conformance::runtime::dist;
 use conformance::suite::expect_equal;
 use conformance::{Case, Cmd, Outcome, case};
 
@@ -12,6 +13,7 @@ use crate::refused::refuse_cmd;
 pub(crate) fn cases() -> Vec<Case<Hand>> {
     vec![
         case!(no_guest_kernel),
+        case!(a_guest_that_gives_up),
         case!(no_qemu_where_it_is_wanted).tcg(),
         case!(no_qemu_where_kvm_is_usable),
         case!(kvm_demanded_and_not_there),
@@ -29,6 +31,15 @@ fn no_guest_kernel(h: &Hand) -> Result<Outcome> {
     std::fs::create_dir(&empty)?;
     let path = empty.display().to_string();
     refuse_cmd(h, run_of(&bundle).env("RUNVM_ASSETS", &path), &[&path, "vmlinux"], Some(&bundle))
+}
+
+fn a_guest_that_gives_up(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("true")?;
+    let assets = h.folder().join("assets");
+    let script = "cp -r \"$1\" \"$2\" && echo no archive >\"$2/initramfs.cpio\"";
+    Cmd::new("sh").args(["-c", script, "sh"]).arg(dist().join("lib/runvm")).arg(&assets).ok()?;
+    let run = run_of(&bundle).env("RUNVM_ASSETS", &assets).env("RUNVM_ACCEL", "kvm");
+    refuse_cmd(h, run, &["did not boot", "Kernel panic", "root fs"], Some(&bundle))
 }
 
 fn no_qemu_where_it_is_wanted(h: &Hand) -> Result<Outcome> {

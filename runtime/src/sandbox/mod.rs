@@ -152,6 +152,9 @@ impl Sandbox {
         let booted = tokio::time::timeout(BOOT_LIMIT, vm).await;
         let mut vm = match booted.map_err(|_| SandboxError::Boot { accelerator, reason: silent(BOOT_LIMIT) })? {
             Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
+            Err(VmmError::GaveUp) => {
+                return Err(SandboxError::Boot { accelerator, reason: VmmError::GaveUp.to_string() });
+            }
             vm => vm?,
         };
         let limit = if vm.template.is_some() { FORK_LIMIT } else { BOOT_LIMIT };

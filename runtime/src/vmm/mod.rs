@@ -85,6 +85,9 @@ pub enum VmmError {
     /// The built-in VMM is for KVM alone.
     #[error("the built-in VMM needs KVM: use `--vmm qemu`, or leave the choice to runvm")]
     NotKvm,
+    /// The guest switched its machine off before its agent listened.
+    #[error("its guest gave up before the agent listened")]
+    GaveUp,
     /// Templates are the built-in VMM's.
     #[error("only machines of the built-in VMM, which needs KVM, have templates")]
     NoTemplates,

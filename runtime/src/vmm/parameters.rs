@@ -11,9 +11,9 @@ use super::probe::Accelerator;
 const COMMON: [&str; 6] =
     ["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on", "dummy.numdummies=0"];
 
-/// For a machine of the built-in VMM.
-pub fn builtin(machine: &Machine) -> String {
-    let mut words = common(machine);
+/// For a machine of the built-in VMM, whose console is shown or not.
+pub fn builtin(console: bool) -> String {
+    let mut words = common(console);
     // The processor's own counter jumps by the time that a machine rests in a file.
     words.push("clocksource=kvm-clock".to_owned());
     words.push(format!("runvm.vsock={VSOCK_PORT}"));
@@ -22,7 +22,7 @@ pub fn builtin(machine: &Machine) -> String {
 
 /// For a machine of QEMU's.
 pub fn qemu(machine: &Machine) -> String {
-    let mut words = common(machine);
+    let mut words = common(machine.console.is_some());
     let khz = processor_khz();
     if machine.accelerator == Accelerator::Tcg && khz > 0 {
         // Otherwise the guest measures its clock against the PIT, and fails on a busy host.
@@ -31,8 +31,8 @@ pub fn qemu(machine: &Machine) -> String {
     words.join(" ")
 }
 
-fn common(machine: &Machine) -> Vec<String> {
-    let log: &[&str] = if machine.console.is_some() { &["console=ttyS0", "runvm.log=debug"] } else { &["quiet"] };
+fn common(console: bool) -> Vec<String> {
+    let log: &[&str] = if console { &["console=ttyS0", "runvm.log=debug"] } else { &["quiet"] };
     COMMON.iter().chain(log).map(|&word| word.to_owned()).collect()
 }
 
@@ -60,11 +60,11 @@ mod tests {
             console: None,
             log: log::Options::default(),
         };
-        for parameters in [qemu(&machine), builtin(&machine)] {
+        for parameters in [qemu(&machine), builtin(machine.console.is_some())] {
             assert!(parameters.contains("quiet") && !parameters.contains("console="), "{parameters}");
         }
         machine.console = Some("/tmp/console".into());
-        for parameters in [qemu(&machine), builtin(&machine)] {
+        for parameters in [qemu(&machine), builtin(machine.console.is_some())] {
             assert!(parameters.contains("console=ttyS0") && !parameters.contains("quiet"), "{parameters}");
         }
     }

@@ -59,6 +59,8 @@ pub(super) enum Saving {
 pub(super) enum Failure {
     /// The user's files.
     Share(SetupError),
+    /// The guest switched its machine off before its agent listened.
+    GaveUp,
     /// Everything else, as a clause.
     Machine(String),
 }

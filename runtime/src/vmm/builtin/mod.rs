@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use command_fds::{CommandFdExt as _, FdMapping};
@@ -42,6 +43,11 @@ pub const VERB: &str = "vm";
 
 /// The longest report, in bytes: an error with a path in it.
 const MAX_REPORT: usize = 16 << 10;
+
+/// How long a guest may take to give up once more.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(20);
+/// How much of what it said is looked at, in bytes.
+const MAX_CONSOLE: usize = 4096;
 
 /// The backend.
 #[derive(Debug)]
@@ -72,7 +78,7 @@ impl Builtin {
             program: identity(Path::new("/proc/self/exe"))?,
             kernel: identity(&self.assets.kernel(machine.accelerator)?)?,
             initramfs: identity(&self.assets.initramfs()?)?,
-            parameters: parameters::builtin(machine),
+            parameters: parameters::builtin(false),
             flavour: flavour(machine)?,
             vcpus: machine.vcpus,
             memory: machine.memory,
@@ -87,7 +93,7 @@ impl Builtin {
     pub async fn make_template(&self, machine: &Machine) -> Result<String, VmmError> {
         let shape = self.shape(machine)?.ok_or(VmmError::NoTemplates)?;
         if let Some(draft) = self.store.begin(&shape)? {
-            let (_, saving) = begin(machine, self.booting(machine, true)?, Some(draft.files()?)).await?;
+            let (_, saving) = begin(machine, self.booting(machine, None, true)?, Some(draft.files()?)).await?;
             match saving {
                 Saving::Done => draft.commit()?,
                 Saving::Failed(reason) => return Err(VmmError::Machine(reason)),
@@ -97,12 +103,12 @@ impl Builtin {
         Ok(shape.key())
     }
 
-    fn booting(&self, machine: &Machine, save: bool) -> Result<Beginning, VmmError> {
+    fn booting(&self, machine: &Machine, console: Option<&Path>, save: bool) -> Result<Beginning, VmmError> {
         Ok(Beginning::Boot {
             kernel: self.assets.kernel(machine.accelerator)?,
             initramfs: self.assets.initramfs()?,
-            parameters: parameters::builtin(machine),
-            console: machine.console.clone(),
+            parameters: parameters::builtin(console.is_some()),
+            console: console.map(Path::to_owned),
             save,
         })
     }
@@ -129,11 +135,43 @@ impl Builtin {
             Err(error) => complain(error),
         });
         let (draft, files) = draft.unzip();
-        let (vm, saving) = begin(machine, self.booting(machine, files.is_some())?, files).await?;
-        log::stage("machine booted");
-        settle(draft, saving);
-        Ok(vm)
+        let beginning = self.booting(machine, machine.console.as_deref(), files.is_some())?;
+        match begin(machine, beginning, files).await {
+            Ok((vm, saving)) => {
+                log::stage("machine booted");
+                settle(draft, saving);
+                Ok(vm)
+            }
+            Err(VmmError::GaveUp) if machine.console.is_none() => Err(self.last_words(machine).await),
+            Err(error) => Err(error),
+        }
     }
+
+    /// Boots once more a machine whose guest gave up in silence, with a console, and tells what it said last.
+    async fn last_words(&self, machine: &Machine) -> VmmError {
+        let silent = VmmError::GaveUp;
+        let Ok(console) = tempfile::NamedTempFile::new() else { return silent };
+        let Ok(beginning) = self.booting(machine, Some(console.path()), false) else { return silent };
+        // One that boots this time, or hangs, has no last words.
+        match tokio::time::timeout(LAST_WORDS_LIMIT, begin(machine, beginning, None)).await {
+            Ok(Err(VmmError::GaveUp)) => {}
+            _ => return silent,
+        }
+        let said = std::fs::read(console.path()).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said[said.len().saturating_sub(MAX_CONSOLE)..]).into_owned();
+        match complaint(&said) {
+            Some(complaint) => VmmError::Machine(format!("its guest gave up: {complaint}")),
+            None => silent,
+        }
+    }
+}
+
+/// What of a kernel's last lines says why: its panic, else the last line.
+fn complaint(console: &str) -> Option<String> {
+    let lines = console.lines().map(|line| line.split_once("] ").map_or(line, |(_, text)| text).trim());
+    let lines: Vec<_> = lines.filter(|line| !line.is_empty()).collect();
+    let panic = lines.iter().rev().find(|line| line.starts_with("Kernel panic") || line.starts_with("runvm-agent:"));
+    panic.or(lines.last()).map(|line| line.replace(char::is_control, " "))
 }
 
 fn complain<T>(error: TemplateError) -> Option<T> {
@@ -207,6 +245,7 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
     match report {
         Some(Ok(saving)) => Ok((vm, saving)),
         Some(Err(Failure::Share(error))) => Err(ShareError::Setup(error).into()),
+        Some(Err(Failure::GaveUp)) => Err(VmmError::GaveUp),
         Some(Err(Failure::Machine(reason))) => Err(VmmError::Machine(reason)),
         None => Err(VmmError::Machine(vm.ended().await)),
     }
@@ -241,4 +280,18 @@ async fn converse(control: &mut UnixStream, description: &Description) -> Result
     let mut reader = BufReader::with_capacity(1, tokio::io::AsyncReadExt::take(control, MAX_REPORT as u64));
     reader.read_until(b'\n', &mut report).await.map_err(VmmError::Start)?;
     Ok(serde_json::from_slice(&report).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_the_reason_and_else_what_was_said_last() {
+        let console =
+            "[    0.5] Run /init as init process\n[    0.6] Kernel panic - not syncing: No init\n[    0.7] CPU: 0\n";
+        assert_eq!(complaint(console).as_deref(), Some("Kernel panic - not syncing: No init"));
+        assert_eq!(complaint("[    0.1] one\ntwo\x1b[0m\n\n").as_deref(), Some("two [0m"));
+        assert_eq!(complaint("\n"), None);
+    }
 }

@@ -154,10 +154,10 @@ fn await_knock(machine: &Machine, knocked: &Event) -> Result<(), Failure> {
             return Ok(());
         }
         if !events[1].revents().is_empty() {
-            return Err(Failure::Machine(match machine.wait() {
-                End::Shutdown => "the guest gave up before its agent listened".to_owned(),
-                End::Failed(reason) => reason,
-            }));
+            return Err(match machine.wait() {
+                End::Shutdown => Failure::GaveUp,
+                End::Failed(reason) => Failure::Machine(reason),
+            });
         }
     }
 }
