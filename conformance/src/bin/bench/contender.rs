@@ -20,7 +20,7 @@ pub(crate) struct Contender {
 }
 
 impl Contender {
-    /// runc, crun and runsc of the distribution, and runvm. `folder` is for what they need.
+    /// runc, crun and runsc of the distribution, runvm as a user gets it, and runvm without templates. `folder` is for what they need.
     pub(crate) fn all(folder: &Path) -> Result<Vec<Self>> {
         prepare_cgroups()?;
         let runvm = dist().join("bin/runvm");
@@ -37,7 +37,8 @@ impl Contender {
                 options: &["--ignore-cgroups", "--platform=ptrace", "--network=host"],
                 alone: &["--network=none"],
             },
-            Self { name: "runvm", program: runvm, options: &[], alone: &[] },
+            Self { name: "runvm", program: runvm.clone(), options: &[], alone: &[] },
+            Self { name: "runvm-cold", program: runvm, options: &["--template=off"], alone: &[] },
         ])
     }
 }

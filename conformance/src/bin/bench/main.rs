@@ -36,8 +36,10 @@ fn bench(enclosure: &Enclosure) -> Result<ExitCode> {
         report.add(measure.take(&world, &contenders));
     }
     report.print()?;
-    if let Some(runvm) = contenders.iter().find(|contender| contender.name == "runvm") {
-        stages::print(&world, runvm)?;
+    for (name, start) in [("runvm-cold", "cold start"), ("runvm", "forked start")] {
+        if let Some(runvm) = contenders.iter().find(|contender| contender.name == name) {
+            stages::print(&world, runvm, start)?;
+        }
     }
     let path = report.write()?;
     println!("\nwritten to {}", path.display());

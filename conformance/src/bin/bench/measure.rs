@@ -1,14 +1,16 @@
 //! What is measured.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
+use conformance::census::Process;
 use conformance::{Cmd, image};
 
 use crate::contender::Contender;
-use crate::report::Row;
+use crate::report::{Row, percentile};
 use crate::stream;
-use crate::world::World;
+use crate::world::{Bundle, Running, World};
 
 /// One measure: a number of rounds in which all runtimes take their turn.
 pub(crate) struct Measure {
@@ -23,12 +25,15 @@ pub(crate) struct Measure {
 type Sampler<'a> = Box<dyn FnMut() -> Result<f64> + 'a>;
 
 /// All of them, in the table's order.
-pub(crate) const ALL: [Measure; 8] = [
+pub(crate) const ALL: [Measure; 11] = [
     Measure { name: "run_true", what: "run true", unit: "ms", rounds: 20, open: run_true },
     Measure { name: "exec_true", what: "exec true", unit: "ms", rounds: 20, open: exec_true },
     Measure { name: "docker_run_true", what: "docker run --rm true", unit: "ms", rounds: 10, open: docker_run_true },
     Measure { name: "node_hello", what: "run node hello", unit: "ms", rounds: 10, open: node_hello },
     Measure { name: "idle_pss", what: "PSS of an idle one", unit: "MB", rounds: 3, open: idle_pss },
+    Measure { name: "fifty_at_once", what: "50 at once, the 95th", unit: "ms", rounds: 2, open: fifty_at_once },
+    Measure { name: "fifty_pss", what: "PSS of each of 50", unit: "MB", rounds: 1, open: fifty_pss },
+    Measure { name: "small_files", what: "copy small files", unit: "s", rounds: 3, open: small_files },
     Measure { name: "rootfs_read", what: "read the rootfs once", unit: "s", rounds: 3, open: rootfs_read },
     Measure { name: "stdout_1g", what: "1 GB through stdout", unit: "MB/s", rounds: 3, open: stdout_1g },
     Measure { name: "tcp_to_bridge", what: "TCP to the bridge", unit: "MB/s", rounds: 3, open: tcp_to_bridge },
@@ -97,8 +102,58 @@ fn idle_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a
         let running = world.bundle(image::BUSYBOX, SLEEP)?.start(contender)?;
         // Once used, then left alone until it has settled.
         running.exec(&["true"]).ok()?;
-        std::thread::sleep(Duration::from_secs(1));
+        thread::sleep(Duration::from_secs(1));
         Ok(running.pss()? as f64 / 1e6)
+    }))
+}
+
+/// Starts fifty containers at once; they, and how long each took, sorted.
+fn start_fifty<'a>(world: &World, contender: &'a Contender) -> Result<(Vec<Running<'a>>, Vec<f64>)> {
+    let bundles = (0..50).map(|_| world.bundle(image::BUSYBOX, SLEEP)).collect::<Result<Vec<_>>>()?;
+    let started: Vec<_> = thread::scope(|scope| {
+        let start = |bundle: Bundle| {
+            scope.spawn(move || {
+                let begin = Instant::now();
+                bundle.start(contender).map(|running| (running, milliseconds(begin.elapsed())))
+            })
+        };
+        let threads: Vec<_> = bundles.into_iter().map(start).collect();
+        threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow!("a start panicked"))?).collect()
+    });
+    let (running, mut times): (Vec<_>, Vec<_>) = started.into_iter().collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    times.sort_by(f64::total_cmp);
+    Ok((running, times))
+}
+
+fn fifty_at_once<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    Ok(Box::new(|| {
+        let (running, times) = start_fifty(world, contender)?;
+        for one in &running {
+            one.exec(&["true"]).ok()?;
+        }
+        Ok(percentile(&times, 95))
+    }))
+}
+
+fn fifty_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    Ok(Box::new(|| {
+        let before = Process::all()?;
+        let (running, _) = start_fifty(world, contender)?;
+        thread::sleep(Duration::from_secs(1));
+        let all = Process::all()?;
+        let new = all.iter().filter(|process| before.iter().all(|other| other.pid != process.pid));
+        let sum: u64 = new.filter_map(Process::pss).sum();
+        Ok(sum as f64 / 1e6 / running.len() as f64)
+    }))
+}
+
+fn small_files<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    let running = world.bundle(image::DEBIAN, SLEEP)?.start(contender)?;
+    let script = "mkdir /root/copy && cp -a /usr/lib/python3* /root/copy && rm -r /root/copy";
+    Ok(Box::new(move || {
+        let begin = Instant::now();
+        running.exec(&["sh", "-c", script]).limit(Duration::from_secs(300)).ok()?;
+        Ok(begin.elapsed().as_secs_f64())
     }))
 }
 
