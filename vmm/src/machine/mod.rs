@@ -57,7 +57,7 @@ pub struct Config {
     pub memory: u64,
     /// Whether the host gives memory in large pages where it can.
     pub huge_pages: bool,
-    /// Devices, at most [`bus::MAX_DEVICES`]; guests find them in this order.
+    /// Devices, at most 19; guests find them in this order.
     pub devices: Vec<Box<dyn Device>>,
     /// Where a serial port writes to. It costs a start dearly, and is for debugging.
     pub console: Option<File>,

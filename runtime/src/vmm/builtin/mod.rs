@@ -1,6 +1,6 @@
 //! The built-in VMM: a machine of `runvm-vmm` in a process of its own.
 //!
-//! The process is this program again, with the verb `vm`. It is told what to make by a [`Description`] on its stdin, and
+//! The process is this program again, with the verb `vm`. It is told what to make by a description on its stdin, and
 //! gets all that it cannot open itself as descriptors. Before the guest runs it gives up everything else: see
 //! [`confinement`]. What the guest could take over with it is the share that it has already.
 //!
