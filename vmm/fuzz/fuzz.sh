@@ -77,7 +77,8 @@ fuzz() {
         rm -f "$log" "$found/last"
         return
     fi
-    tail -n 100 "$log"
+    # What it died of comes before the stack, and the stack before what libFuzzer counts.
+    awk '/panicked at|ERROR:/ { said = 1 } said && lines++ < 100' "$log"
     printf 'fuzz: %s FAILED; the input that shows it: %s\n' "$target" "$(reproducer "$log" "$found")"
     printf '      again: vmm/fuzz/fuzz.sh %s FILE; all that was said: %s\n' "$target" "$log"
     return 1

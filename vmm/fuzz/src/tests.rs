@@ -1,4 +1,4 @@
-//! The targets as tests: inputs that once found something, and a few that mean nothing.
+//! The targets as tests: inputs that once found something, and some that mean nothing.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +16,7 @@ const TARGETS: [(&str, Target); 8] = [
     ("vsock", crate::vsock::run),
 ];
 
-/// What the corpora in `seeds/` begin with, reproducers of what was repaired among it, passes.
+/// What found something that has been repaired, by target: every fuzzer begins with it.
 #[test]
 fn seeds_pass() {
     for (name, run) in TARGETS {

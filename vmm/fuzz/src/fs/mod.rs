@@ -15,7 +15,7 @@ use virtiofsd::passthrough::{CachePolicy, Config, MigrationOnError, NegotiationM
 use crate::bench::{self, Bench, Subject};
 use crate::guest::{Piece, length, raw};
 use crate::jail;
-use requests::{INIT, Opcode};
+use requests::Opcode;
 
 const URGENT: usize = 0;
 const REQUESTS: usize = 1;
@@ -94,14 +94,22 @@ impl Subject for Share {
         Ok(())
     }
 
-    /// A session, with files looked up and open.
+    /// A session: the folder is node 2, its file is node 3 and open as 0, the root as 1.
     fn sequence(bench: &mut Bench<Self>, u: &mut Unstructured<'_>) -> Result<()> {
-        let init = request(u, INIT)?;
-        bench.request_of(u, REQUESTS, &init)?;
-        for _ in 0..u.int_in_range(1..=6)? {
-            let opcode = Opcode::opening(u)?;
-            let opened = request(u, opcode)?;
-            bench.request_of(u, REQUESTS, &opened)?;
+        // All that the first 32 options are, and all or nothing of the others: two of these take more of other requests.
+        let options = *u.choose(&[0, u32::MAX])?;
+        let version = [7, 38, 0, u32::MAX, options].map(u32::to_le_bytes);
+        let init = [version.as_flattened(), &[0; 44]].concat();
+        let read_and_write = 2u64.to_le_bytes();
+        let steps: [(u32, u64, &[u8]); 5] =
+            [(26, 0, &init), (1, 1, b"folder\0"), (1, 2, b"file\0"), (14, 3, &read_and_write), (27, 1, &[0; 8])];
+        for (number, node, arguments) in steps {
+            let header = header(40 + arguments.len() as u32, number, node, 0);
+            let pieces = [Piece::Readable([header, arguments.to_vec()].concat()), Piece::Writable(256)];
+            bench.request_of(u, REQUESTS, &pieces)?;
+        }
+        for _ in 0..u.int_in_range(1..=8)? {
+            bench.request(u, REQUESTS)?;
         }
         Ok(())
     }
@@ -117,7 +125,7 @@ fn request(u: &mut Unstructured<'_>, opcode: Opcode) -> Result<Vec<Piece>> {
     let arguments = opcode.arguments(u)?;
     let mut said = 40 + arguments.len() as u32;
     let mut number = opcode.number();
-    let mut node: u64 = u.int_in_range(1..=4)?;
+    let mut node: u64 = *u.choose(&[1, 2, 3, 3, 4])?;
     if u.ratio(1, 8)? {
         match u.int_in_range(0..=2)? {
             0 => said = length(u)?,
@@ -126,9 +134,19 @@ fn request(u: &mut Unstructured<'_>, opcode: Opcode) -> Result<Vec<Piece>> {
         }
     }
     let user: u32 = if u.ratio(1, 8)? { 1000 } else { 0 };
-    let header = [
-        &said.to_le_bytes()[..],
-        &number.to_le_bytes(),
+    let header = header(said, number, node, user);
+    let mut pieces = vec![Piece::Readable(header), Piece::Readable(arguments)];
+    if u.ratio(15, 16)? {
+        pieces.push(Piece::Writable(16));
+        pieces.push(Piece::Writable(if u.ratio(1, 8)? { length(u)? } else { 8192 }));
+    }
+    Ok(pieces)
+}
+
+fn header(length: u32, opcode: u32, node: u64, user: u32) -> Vec<u8> {
+    [
+        &length.to_le_bytes()[..],
+        &opcode.to_le_bytes(),
         // The request's number.
         &7u64.to_le_bytes(),
         &node.to_le_bytes(),
@@ -137,11 +155,5 @@ fn request(u: &mut Unstructured<'_>, opcode: Opcode) -> Result<Vec<Piece>> {
         // The process, the extensions and what pads them.
         &[0; 8],
     ]
-    .concat();
-    let mut pieces = vec![Piece::Readable(header), Piece::Readable(arguments)];
-    if u.ratio(15, 16)? {
-        pieces.push(Piece::Writable(16));
-        pieces.push(Piece::Writable(if u.ratio(1, 8)? { length(u)? } else { 8192 }));
-    }
-    Ok(pieces)
+    .concat()
 }

@@ -32,25 +32,27 @@ enum Part {
     Attribute,
     /// Contents.
     Blob,
+    /// What is said of a file that is made: its security context, and the groups of who makes it.
+    Extensions,
     /// The highest version that both sides know, 32 bits each.
     Version,
 }
 
-use Part::{Attribute, Blob, Flags, Handle, Large, Mode, Name, Node, Offset, Size, Small, Version, Zero};
+use Part::{Attribute, Blob, Extensions, Flags, Handle, Large, Mode, Name, Node, Offset, Size, Small, Version, Zero};
 
 /// A kind of request: its number and its parts.
 #[derive(Clone, Copy, Debug)]
 pub struct Opcode(u32, &'static [Part]);
 
 /// It begins a session.
-pub const INIT: Opcode = Opcode(26, &[Version, Small, Large, Large, Large, Large, Large, Large]);
+const INIT: Opcode = Opcode(26, &[Version, Small, Large, Large, Large, Large, Large, Large]);
 
 const OPENING: [Opcode; 5] = [
     Opcode(1, &[Name]),
     Opcode(14, &[Flags, Zero]),
     Opcode(27, &[Flags, Zero]),
-    Opcode(35, &[Flags, Mode, Small, Flags, Name, Blob]),
-    Opcode(9, &[Mode, Small, Name, Blob]),
+    Opcode(35, &[Flags, Mode, Small, Flags, Name, Extensions]),
+    Opcode(9, &[Mode, Small, Name, Extensions]),
 ];
 
 const URGENT: [Opcode; 3] =
@@ -63,8 +65,8 @@ const OTHERS: [Opcode; 30] = [
         &[Small, Zero, Handle, Offset, Large, Large, Large, Large, Small, Small, Small, Mode, Zero, Small, Small, Zero],
     ),
     Opcode(5, &[]),
-    Opcode(6, &[Name, Name, Blob]),
-    Opcode(8, &[Mode, Small, Small, Zero, Name, Blob]),
+    Opcode(6, &[Name, Name, Extensions]),
+    Opcode(8, &[Mode, Small, Small, Zero, Name, Extensions]),
     Opcode(10, &[Name]),
     Opcode(11, &[Name]),
     Opcode(12, &[Node, Name, Name]),
@@ -134,7 +136,10 @@ impl Part {
     fn append(self, u: &mut Unstructured<'_>, bytes: &mut Vec<u8>) -> Result<()> {
         match self {
             Node => bytes.extend(number(u, 4)?.to_le_bytes()),
-            Handle => bytes.extend(number(u, 6)?.to_le_bytes()),
+            Handle => {
+                let handle = if u.arbitrary()? { u.int_in_range(0..=1)? } else { number(u, 6)? };
+                bytes.extend(handle.to_le_bytes());
+            }
             Offset => {
                 let offset = *u.choose(&[0, 1, 7, 4095, 4096, 1 << 20, 1 << 33, i64::MAX as u64, 1 << 63, u64::MAX])?;
                 bytes.extend(offset.to_le_bytes());
@@ -172,10 +177,26 @@ impl Part {
                 let length = u.int_in_range(0..=96)?;
                 bytes.extend(u.bytes(length.min(u.len()))?);
             }
+            Extensions => {
+                match u.int_in_range(0..=4)? {
+                    0 => {}
+                    1 => Blob.append(u, bytes)?,
+                    2 | 3 => bytes.extend(extension(0, &[])),
+                    _ => bytes.extend(extension(1, b"\x04\0\0\0\0\0\0\0security.x\0abcd")),
+                }
+                if u.ratio(1, 4)? {
+                    // One group, with this number.
+                    bytes.extend(extension(32, &[1, 0, 0, 0, 7, 0, 0, 0]));
+                }
+            }
             Version => bytes.extend([7u32, 38].map(u32::to_le_bytes).as_flattened()),
         }
         Ok(())
     }
+}
+
+fn extension(kind: u32, body: &[u8]) -> Vec<u8> {
+    [&(8 + body.len() as u32).to_le_bytes()[..], &kind.to_le_bytes(), body].concat()
 }
 
 /// A small number, mostly.
