@@ -35,7 +35,8 @@ pub fn start(globals: &Globals, id: &str) -> Result<()> {
     container.record.phase = Phase::Running;
     container.save()?;
     let poststart = bundle.spec.hooks().as_ref().and_then(|hooks| hooks.poststart().as_ref());
-    hooks::run("poststart", poststart, &oci_state(&container)?)?;
+    // It was started, and a short program may have ended since: the hooks are those of a running container.
+    hooks::run("poststart", poststart, &oci_state_as(&container, Status::Running)?)?;
     Ok(())
 }
 
@@ -109,12 +110,16 @@ pub fn host_pids(container: &Container) -> Result<Vec<u32>> {
 
 /// The container's state as the OCI runtime specification has it, which hooks get on their stdin.
 fn oci_state(container: &Container) -> Result<Vec<u8>> {
-    let record = &container.record;
     // The specification knows no paused containers.
     let status = match container.status() {
         Status::Paused => Status::Running,
         status => status,
     };
+    oci_state_as(container, status)
+}
+
+fn oci_state_as(container: &Container, status: Status) -> Result<Vec<u8>> {
+    let record = &container.record;
     let mut state = json!({
         "ociVersion": record.oci_version,
         "id": record.id,
