@@ -2,7 +2,7 @@
 //!
 //! A guest owns its kernel, so it speaks FUSE to this process as it likes, as any user it likes: it can do to the exports
 //! what root can do to files there, and must not get further. Left to the process are the mount namespace of the
-//! share, the capabilities of [`KEPT`] and the system calls of virtiofsd's filter.
+//! share, the capabilities of [`FILE_CAPABILITIES`] and the system calls of virtiofsd's filter.
 
 use std::fs::File;
 use std::io;
@@ -10,6 +10,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use nix::libc;
 use nix::sys::resource::{Resource, setrlimit};
+use runvm_vmm::confinement::FILE_CAPABILITIES;
 use rustix::mount::OpenTreeFlags;
 use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -17,16 +18,6 @@ use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 
 use super::SetupError;
 use super::tree::{restrict, step};
-
-/// To make files for the guest's users with the guest's modes.
-const KEPT: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::FOWNER)
-    .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::SETGID)
-    .union(CapabilitySet::SETUID)
-    .union(CapabilitySet::MKNOD)
-    .union(CapabilitySet::SETFCAP);
 
 /// Closes what else came from the parent: an engine may have left it open for all its descendants.
 ///
@@ -81,14 +72,14 @@ pub(super) fn restrict_system_calls() -> Result<(), SetupError> {
 
 fn drop_capabilities() -> rustix::io::Result<()> {
     rustix::thread::clear_ambient_capability_set()?;
-    for capability in CapabilitySet::all().difference(KEPT).iter() {
+    for capability in CapabilitySet::all().difference(FILE_CAPABILITIES).iter() {
         match rustix::thread::remove_capability_from_bounding_set(capability) {
             // One that this kernel does not know, or that the caller's own bounds have taken already.
             Ok(()) | Err(rustix::io::Errno::INVAL) => {}
             Err(errno) => return Err(errno),
         }
     }
-    let kept = rustix::thread::capabilities(None)?.permitted & KEPT;
+    let kept = rustix::thread::capabilities(None)?.permitted & FILE_CAPABILITIES;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() },

@@ -14,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
+use runvm_vmm::confinement::FILE_CAPABILITIES;
 use rustix::fs::CWD;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_change, open_tree, unmount,
@@ -26,16 +27,6 @@ const RECORD: &str = "RUNVM_FUZZ_RECORD";
 
 /// Where the thread's file system is for a moment.
 const STAGE: &str = "/proc";
-
-/// What those who serve a share keep.
-const KEPT: CapabilitySet = CapabilitySet::CHOWN
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::FOWNER)
-    .union(CapabilitySet::FSETID)
-    .union(CapabilitySet::SETGID)
-    .union(CapabilitySet::SETUID)
-    .union(CapabilitySet::MKNOD)
-    .union(CapabilitySet::SETFCAP);
 
 type Outcome = Result<(), Box<dyn Any + Send>>;
 
@@ -103,7 +94,7 @@ fn enter() -> io::Result<()> {
     pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
-    let kept = capabilities(None)?.permitted & KEPT;
+    let kept = capabilities(None)?.permitted & FILE_CAPABILITIES;
     set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() })?;
     Ok(())
 }

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use rustix::thread::CapabilitySet;
 use seccompiler::{
     BackendError, BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, apply_filter,
@@ -30,6 +31,16 @@ pub enum Role {
     /// Serves a device.
     Device(Kind),
 }
+
+/// What whoever serves files keeps of its capabilities: to make files for the guest's users with the guest's modes.
+pub const FILE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
 
 /// What a thread does to itself before it serves anything of the guest's.
 pub type Confinement = Arc<dyn Fn(Role) -> io::Result<()> + Send + Sync>;
