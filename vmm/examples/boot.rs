@@ -30,7 +30,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             "noreplace-smp pci=off reboot=t panic=-1 random.trust_cpu=on {log} {}",
             arguments.next().unwrap_or_default()
         ),
-        visible: memory,
     };
     let pvm = !std::fs::read_to_string("/proc/cpuinfo")?.contains("svm");
     let config = Config {

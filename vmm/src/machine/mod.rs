@@ -28,6 +28,7 @@ pub use snapshot::SnapshotError;
 #[cfg(feature = "driver")]
 pub use snapshot::{saved_devices, state_file};
 use vcpu::Vcpus;
+pub use x86::MAX_VCPUS;
 use x86::boot::{BootError, Kernel};
 use x86::state::StateError;
 use x86::{cpuid, registers};
@@ -64,9 +65,6 @@ pub struct Config {
     /// What each thread that the guest's doings reach does to itself first.
     pub confinement: Confinement,
 }
-
-/// As many as a machine's tables have room for.
-pub const MAX_VCPUS: u32 = 32;
 
 /// Why there is no machine.
 #[derive(Debug, Error)]

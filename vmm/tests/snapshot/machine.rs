@@ -69,7 +69,6 @@ impl World {
             image: File::open(kernel(config.flavour)?)?,
             initramfs: Some(File::open(guest(home)?)?),
             command_line: PARAMETERS.to_owned(),
-            visible: MEMORY,
         };
         let machine = Machine::boot(config, kernel)?;
         machine.resume();

@@ -83,12 +83,8 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
     let (kernel, console, save) = match &description.beginning {
         Beginning::Boot { kernel, initramfs, parameters, console, save } => {
             let console = console.as_deref().map(File::create).transpose();
-            let kernel = Kernel {
-                image: open(kernel)?,
-                initramfs: Some(open(initramfs)?),
-                command_line: parameters.clone(),
-                visible: description.memory,
-            };
+            let kernel =
+                Kernel { image: open(kernel)?, initramfs: Some(open(initramfs)?), command_line: parameters.clone() };
             (Some(kernel), console.map_err(failed("create the console's file"))?, *save)
         }
         Beginning::Restore => (None, None, false),

@@ -41,8 +41,6 @@ pub struct Kernel {
     pub initramfs: Option<File>,
     /// The kernel's parameters.
     pub command_line: String,
-    /// How much of the memory the kernel sees at first, in bytes: what `mem=` says, if it is said.
-    pub visible: u64,
 }
 
 /// A kernel that cannot be put into memory.
@@ -59,7 +57,7 @@ pub enum BootError {
     TooLarge {
         /// The archive's size in bytes.
         size: u64,
-        /// The guest's, at first, in bytes.
+        /// The guest's, in bytes.
         memory: u64,
     },
     /// Too long.
@@ -94,9 +92,8 @@ pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, B
     let loaded = Elf::load(&**memory, None, &mut kernel.image, Some(GuestAddress(KERNEL_START)));
     let loaded = loaded.map_err(BootError::Kernel)?;
     let total = memory::size(memory);
-    let visible = kernel.visible.min(total);
     let initramfs = match &mut kernel.initramfs {
-        Some(archive) => load_initramfs(memory, archive, loaded.kernel_end, visible)?,
+        Some(archive) => load_initramfs(memory, archive, loaded.kernel_end, total)?,
         None => (0, 0),
     };
     if kernel.command_line.len() >= MAX_COMMAND_LINE {
@@ -119,11 +116,11 @@ pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, B
     })
 }
 
-/// Puts the archive at the end of what the kernel sees first; where, and how long it is.
-fn load_initramfs(memory: &Memory, archive: &mut File, kernel_end: u64, visible: u64) -> Result<(u32, u32), BootError> {
+/// Puts the archive at the end of the memory below the devices; where, and how long it is.
+fn load_initramfs(memory: &Memory, archive: &mut File, kernel_end: u64, total: u64) -> Result<(u32, u32), BootError> {
     let size = archive.metadata().map_err(BootError::Initramfs)?.len();
-    let too_large = || BootError::TooLarge { size, memory: visible };
-    let start = visible.min(memory::LOW_END).checked_sub(size).ok_or_else(too_large)? & !(PAGE - 1);
+    let too_large = || BootError::TooLarge { size, memory: total };
+    let start = total.min(memory::LOW_END).checked_sub(size).ok_or_else(too_large)? & !(PAGE - 1);
     if start < kernel_end {
         return Err(too_large());
     }

@@ -6,3 +6,5 @@ pub mod cpuid;
 mod mptable;
 pub mod registers;
 pub mod state;
+
+pub use mptable::MAX_VCPUS;
