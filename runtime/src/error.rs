@@ -14,6 +14,7 @@ use crate::host::cgroup::CgroupError;
 use crate::host::hooks::HookError;
 use crate::sandbox::SandboxError;
 use crate::state::{StateError, Status};
+use crate::template::TemplateError;
 use crate::vmm::probe::NoKvm;
 
 /// Why a command failed.
@@ -28,6 +29,9 @@ pub enum Error {
     /// About the VM.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// About templates.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// About the guest.
     #[error(transparent)]
     Agent(#[from] AgentError),

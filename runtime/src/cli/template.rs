@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::args::OutputFormat;
 use super::print;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::monitor::{Globals, single_threaded};
 use crate::network::{self, namespace};
 use crate::sandbox::{SandboxError, Size};
@@ -70,7 +70,7 @@ pub fn run(globals: &Globals, action: Action) -> Result<()> {
 }
 
 fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
-    let choice = probe::choose(globals.vm.accelerator).map_err(SandboxError::from)?;
+    let choice = probe::choose(globals.vm.accelerator)?;
     if choice.accelerator == Accelerator::Tcg || globals.vm.needs_qemu(choice.accelerator) {
         return Err(SandboxError::from(VmmError::NoTemplates).into());
     }
@@ -118,12 +118,6 @@ fn show(templates: &[Template], format: OutputFormat) -> String {
             }
             text
         }
-    }
-}
-
-impl From<crate::template::TemplateError> for Error {
-    fn from(error: crate::template::TemplateError) -> Self {
-        SandboxError::from(VmmError::from(error)).into()
     }
 }
 

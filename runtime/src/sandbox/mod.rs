@@ -152,8 +152,8 @@ impl Sandbox {
         let booted = tokio::time::timeout(BOOT_LIMIT, vm).await;
         let mut vm = match booted.map_err(|_| SandboxError::Boot { accelerator, reason: silent(BOOT_LIMIT) })? {
             Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
-            Err(VmmError::GaveUp) => {
-                return Err(SandboxError::Boot { accelerator, reason: VmmError::GaveUp.to_string() });
+            Err(error @ VmmError::GaveUp) => {
+                return Err(SandboxError::Boot { accelerator, reason: error.to_string() });
             }
             vm => vm?,
         };
