@@ -48,7 +48,7 @@ pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     bundle::split(&bundle, &options.id)?;
     bundle::mount_points::make(&bundle)?;
     let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
-    let launched = launch(globals, options, &bundle, &container).and_then(|mut launched| {
+    let launched = launch(globals, options, &bundle, &mut container).and_then(|mut launched| {
         match bring_up(options, &bundle, &mut container, &mut launched) {
             Ok(()) => Ok(launched),
             Err(error) => {
@@ -80,24 +80,24 @@ fn check_terminal(bundle: &Bundle, options: &Create) -> Result<()> {
     }
 }
 
-fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &Container) -> Result<Launched> {
+fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &mut Container) -> Result<Launched> {
+    let cgroup = Cgroup::create(&bundle.spec, &options.id, Size::of(&bundle.spec).memory)?;
+    container.record.cgroups = cgroup.folders().to_vec();
+    container.save()?;
     let mut command = globals.command();
+    cgroup.adopt(&mut command)?;
     command.arg("monitor").arg("--bundle").arg(&bundle.path).arg("--folder").arg(container.dir());
     if let Some(socket) = &options.console_socket {
         command.arg("--console-socket").arg(socket);
     }
     command.arg(&options.id);
-    Launched::start(command)
+    let launched = Launched::start(command)?;
+    container.record.monitor = Some(launched.identity);
+    Ok(launched)
 }
 
 fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launched: &mut Launched) -> Result<()> {
-    container.record.monitor = Some(launched.identity);
-    let cgroup = Cgroup::create(&bundle.spec, &options.id, Size::of(&bundle.spec).memory)?;
-    container.record.cgroups = cgroup.folders().to_vec();
     container.save()?;
-    // Before the VM is made: what the monitor starts is born into its cgroup.
-    cgroup.add(launched.identity.pid)?;
-    log::stage("cgroup joined");
     launched.await_ready()?;
     run_hooks(bundle, container)?;
     container.record.helpers = launched.go(&[])?;
