@@ -11,6 +11,8 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::RebootCommand;
 use tracing::level_filters::LevelFilter;
 
+use crate::container;
+
 /// Where the unified cgroup hierarchy is.
 pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
@@ -83,6 +85,7 @@ pub(crate) fn grant() -> Result<(), BootError> {
     for cgroup in [root, &containers] {
         fs::write(cgroup.join("cgroup.subtree_control"), &enabling).map_err(failed("enable cgroup controllers"))?;
     }
+    container::devices::allow_all(&containers).map_err(failed("load a program for the containers' cgroup"))?;
     fs::write(OVERCOMMIT.0, OVERCOMMIT.1).map_err(failed("allow overcommitment"))?;
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).map_err(|errno| failed("raise the limit of open files")(errno.into()))?;

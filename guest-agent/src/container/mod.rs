@@ -3,7 +3,7 @@
 mod cgroup;
 mod create;
 pub(crate) mod cwd;
-mod devices;
+pub(crate) mod devices;
 mod exec;
 mod program;
 pub(crate) mod spec;
