@@ -4,20 +4,18 @@
 //! what root can do to files there, and must not get further. Left to the process are the mount namespace of the
 //! share, the capabilities of [`FILE_CAPABILITIES`] and the system calls of virtiofsd's filter.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 
 use nix::libc;
 use nix::sys::resource::{Resource, setrlimit};
 use runvm_vmm::confinement::FILE_CAPABILITIES;
-use rustix::mount::OpenTreeFlags;
 use rustix::process::{DumpableBehavior, Signal};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 
 use super::SetupError;
-use super::tree::{restrict, step};
+use super::tree::step;
 
 /// Closes what else came from the parent: an engine may have left it open for all its descendants.
 ///
@@ -48,15 +46,6 @@ pub(crate) fn drop_privileges() -> Result<(), SetupError> {
     // The guest's memory is this process's: it is in no core dump, and nobody else's to read but root's of the host.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))?;
     rustix::thread::set_no_new_privs(true).map_err(step("forbid new privileges"))
-}
-
-/// The same file for reading alone. Whatever a descriptor was opened for, a process can open its file anew for anything
-/// that its user may do, unless the mount by which it came is read-only.
-pub(crate) fn read_only(file: &File) -> io::Result<File> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let mount = rustix::mount::open_tree(file, "", flags)?;
-    restrict(mount.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
-    File::open(format!("/proc/self/fd/{}", mount.as_raw_fd()))
 }
 
 /// Leaves the calling thread no capability at all.

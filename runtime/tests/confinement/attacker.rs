@@ -1,7 +1,6 @@
 //! The attacker's process: it becomes what a VM's process is, and makes each attempt in a copy of itself.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
@@ -9,7 +8,7 @@ use std::thread;
 use libtest_mimic::Failed;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use runvm::vmm::builtin::confinement::{confine, enter, read_only};
+use runvm::vmm::builtin::confinement::{confine, enter};
 use runvm_vmm::confinement::Role;
 use runvm_vmm::virtio::Kind;
 use rustix::mount::MountPropagationFlags;
@@ -109,20 +108,18 @@ fn attack(role: Option<Role>, map: Map, make: fn(&Map) -> io::Result<()>) -> i32
     }
 }
 
-/// Becomes what a VM's process is: with what serves the files, which has some of them open, and with a file that was
-/// handed in as a template's memory is. Without a role only what succeeds is to leave no traces.
+/// Becomes what a VM's process is, with what serves the files, which has some of them open. Without a role only what
+/// succeeds is to leave no traces.
 fn prepare(role: Option<Role>, map: Map) -> io::Result<(Map, Option<PassthroughFs>)> {
-    let handed_in = File::open(map.outside.join("secret"))?;
     if role.is_some() {
-        let handed_in = read_only(&handed_in)?;
         let file_system = enter(&map.exports()).map_err(io::Error::other)?;
-        return Ok((map.inside().with(handed_in), Some(file_system)));
+        return Ok((map.inside(), Some(file_system)));
     }
     // SAFETY: the table of descriptors is not among the flags.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::NEWIPC) }?;
     let apart = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", apart)?;
-    Ok((map.with(handed_in), None))
+    Ok((map, None))
 }
 
 /// What an error without a number ends with, and what comes before any attempt.

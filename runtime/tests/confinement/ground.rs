@@ -1,8 +1,7 @@
 //! What there is to be reached: made anew for each test, by the test's own process, which plays the owner of the VM.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{IntoRawFd as _, RawFd};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{self, UnixListener};
@@ -39,8 +38,6 @@ pub struct Map {
     pub tcp: SocketAddr,
     /// The abstract name of a socket where it listens.
     pub name: String,
-    /// The descriptor of a file that the attacker's process got for reading.
-    pub handed_in: Option<RawFd>,
     /// By which the secret's file can be opened, on a file system that has such handles.
     pub handle: Option<Vec<u8>>,
 }
@@ -60,11 +57,6 @@ impl Map {
     /// The same, where the exports are all of the file system.
     pub fn inside(self) -> Self {
         Self { writable: Path::new("/").join(WRITABLE), read_only: Path::new("/").join(READ_ONLY), ..self }
-    }
-
-    /// The same, for a process that has this file.
-    pub fn with(self, handed_in: File) -> Self {
-        Self { handed_in: Some(handed_in.into_raw_fd()), ..self }
     }
 }
 
@@ -108,7 +100,6 @@ impl Ground {
             read_only,
             tcp: tcp.local_addr()?,
             name,
-            handed_in: None,
             handle: system::handle_of(&file).ok(),
         };
         Ok(Self { map, secret, _folder: folder, _listeners: (tcp, sockets) })

@@ -1,12 +1,16 @@
 //! The guest's memory: where it lies for the guest, and what it is for the host.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
+use std::thread;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion,
+    GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion, VolatileSlice,
 };
 
 use crate::Memory;
@@ -20,6 +24,38 @@ const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 /// Lazily: the host gives a page when it is first touched, and lets more be promised than there is.
 const LAZY: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
 
+/// What memory is kept in files by, in bytes: the size of a large page.
+pub const BLOCK: u64 = 2 << 20;
+
+/// A block of memory in a file. In files the regions come one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// The how-manieth.
+    pub index: u32,
+    /// Whether the guest never writes to it in the ordinary course of things.
+    pub constant: bool,
+}
+
+impl Block {
+    /// Where it is in a file, in bytes.
+    pub fn offset(self) -> u64 {
+        u64::from(self.index) * BLOCK
+    }
+
+    /// Where it is for the guest. No block lies in two regions.
+    pub fn address(self) -> GuestAddress {
+        let offset = self.offset();
+        GuestAddress(if offset < LOW_END { offset } else { HIGH_START + (offset - LOW_END) })
+    }
+
+    /// What it is for the host; none where this memory has no such block. The last one of all may be shorter.
+    pub fn of(self, memory: &Memory) -> Option<VolatileSlice<'_>> {
+        let (region, start) = memory.to_region_addr(self.address())?;
+        let length = BLOCK.min(region.len() - start.0);
+        region.get_slice(start, length as usize).ok()
+    }
+}
+
 /// Memory that cannot be had.
 #[derive(Debug, Error)]
 pub enum MemoryError {
@@ -29,6 +65,12 @@ pub enum MemoryError {
     /// The host refuses.
     #[error("the host gives no {0} bytes of address space for the guest's memory")]
     Map(u64, #[source] MmapRegionError),
+    /// A file's contents that cannot be had.
+    #[error("cannot read the guest's memory")]
+    File(#[source] io::Error),
+    /// A block that lies beyond its end.
+    #[error("the guest's memory has no block {0}")]
+    Block(u32),
     /// Regions that are none.
     #[error("the guest's memory does not fit together: {0}")]
     Regions(String),
@@ -54,7 +96,7 @@ pub fn layout(size: u64) -> Result<Vec<(u64, u64)>, MemoryError> {
 pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     let mut regions = Vec::new();
     for (start, length) in layout(size)? {
-        let mapping = map(None, length, LAZY | libc::MAP_ANONYMOUS)?;
+        let mapping = map(length)?;
         if huge {
             advise_huge(&mapping);
         }
@@ -63,20 +105,29 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     assemble(regions)
 }
 
-/// Memory that begins as the contents of `file`, the regions one after the other, and never writes to it.
+/// Memory that begins as these blocks of `file`, and never writes to it. A constant block is the file's, and with it
+/// every other machine's, until it is written to all the same. The others are copied: a large page at once is quicker
+/// than many of its small ones whenever the guest comes to one.
 ///
 /// # Errors
 /// [`MemoryError`].
-pub fn private_copy(size: u64, file: File) -> Result<Memory, MemoryError> {
-    let file = Arc::new(file);
-    let mut regions = Vec::new();
-    let mut offset = 0;
-    for (start, length) in layout(size)? {
-        let mapping = map(Some(FileOffset::from_arc(file.clone(), offset)), length, LAZY)?;
-        regions.push(region(start, mapping)?);
-        offset += length;
-    }
-    assemble(regions)
+pub fn from_file(size: u64, file: &File, blocks: &[Block]) -> Result<Memory, MemoryError> {
+    let memory = anonymous(size, true)?;
+    let (constant, others): (Vec<_>, Vec<_>) = blocks.iter().partition(|block| block.constant);
+    let each = |blocks: &[Block], bring: fn(&VolatileSlice, &File, i64) -> io::Result<()>| {
+        blocks.iter().try_for_each(|block| {
+            let part = block.of(&memory).ok_or(MemoryError::Block(block.index))?;
+            bring(&part, file, block.offset() as i64).map_err(MemoryError::File)
+        })
+    };
+    each(&constant, lay_over)?;
+    let (one_half, other_half) = others.split_at(others.len() / 2);
+    thread::scope(|scope| {
+        let helper = scope.spawn(|| each(one_half, copy));
+        each(other_half, copy)?;
+        helper.join().unwrap_or_else(|_| Err(MemoryError::File(io::ErrorKind::Interrupted.into())))
+    })?;
+    Ok(memory)
 }
 
 /// How much memory there is, in bytes.
@@ -84,9 +135,27 @@ pub fn size(memory: &Memory) -> u64 {
     memory.iter().map(|region| region.len()).sum()
 }
 
-fn map(file: Option<FileOffset>, length: u64, flags: i32) -> Result<MmapRegion, MemoryError> {
+fn map(length: u64) -> Result<MmapRegion, MemoryError> {
     let bytes = usize::try_from(length).map_err(|_| MemoryError::Size(length))?;
-    MmapRegion::build(file, bytes, PROTECTION, flags).map_err(|error| MemoryError::Map(length, error))
+    MmapRegion::build(None, bytes, PROTECTION, LAZY | libc::MAP_ANONYMOUS)
+        .map_err(|error| MemoryError::Map(length, error))
+}
+
+fn lay_over(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
+    let (address, flags) = (part.ptr_guard_mut().as_ptr().cast(), LAZY | libc::MAP_FIXED);
+    // SAFETY: what is mapped over is memory of the region that `part` borrows, which unmaps all of its range in the end.
+    let mapped = unsafe { libc::mmap(address, part.len(), PROTECTION, flags, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn copy(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
+    let address = part.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: the memory is the slice's, and nobody has a reference to it.
+    match unsafe { libc::pread(file.as_raw_fd(), address, part.len(), offset) } {
+        -1 => Err(io::Error::last_os_error()),
+        read if read.cast_unsigned() == part.len() => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 fn region(start: u64, mapping: MmapRegion) -> Result<GuestRegionMmap, MemoryError> {
@@ -127,13 +196,27 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_leaves_the_file_alone() {
+    fn memory_from_a_file_leaves_it_alone() {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&vec![1; 1 << 20]).unwrap();
-        let memory = private_copy(1 << 20, file.try_clone().unwrap()).unwrap();
-        memory.write_obj(2u8, GuestAddress(5)).unwrap();
-        let again = private_copy(1 << 20, file).unwrap();
-        assert_eq!(again.read_obj::<u8>(GuestAddress(5)).unwrap(), 1);
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(6)).unwrap(), 1);
+        file.write_all(&vec![1; 5 << 20]).unwrap();
+        let blocks = [(0, true), (2, false)].map(|(index, constant)| Block { index, constant });
+        let memory = || from_file(5 << 20, &file, &blocks).unwrap();
+        let (one, other) = (memory(), memory());
+        let read = |memory: &Memory, address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        for (address, value) in [(0, 1), ((2 << 20) - 1, 1), (2 << 20, 0), ((4 << 20) - 1, 0), ((5 << 20) - 1, 1)] {
+            assert_eq!(read(&one, address), value, "at {address:#x}");
+            one.write_obj(value + 1, GuestAddress(address)).unwrap();
+            assert_eq!((read(&one, address), read(&other, address)), (value + 1, value), "at {address:#x}");
+        }
+        assert!(from_file(2 << 20, &file, &blocks).is_err(), "it has no third block");
+        file.set_len(4 << 20).unwrap();
+        assert!(matches!(from_file(5 << 20, &file, &blocks), Err(MemoryError::File(_))));
+    }
+
+    #[test]
+    fn blocks_beyond_the_devices_are_told_by_their_number() {
+        let block = |offset: u64| Block { index: (offset / BLOCK) as u32, constant: false };
+        assert_eq!(block(LOW_END - BLOCK).address(), GuestAddress(LOW_END - BLOCK));
+        assert_eq!(block(LOW_END).address(), GuestAddress(HIGH_START));
     }
 }

@@ -6,6 +6,7 @@ mod snapshot;
 mod vcpu;
 pub mod x86;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use crate::{Event, Memory};
 use bus::{Bus, Console, DEVICES, FIRST_INTERRUPT, Line, MAX_DEVICES, SERIAL_INTERRUPT};
 use memory::MemoryError;
 use snapshot::Saved;
-pub use snapshot::SnapshotError;
+pub use snapshot::{PageMap, SnapshotError};
 #[cfg(feature = "driver")]
 pub use snapshot::{saved_devices, state_file};
 use vcpu::Vcpus;
@@ -146,6 +147,8 @@ pub struct Machine {
     ended: Arc<Event>,
     vm: VmFd,
     memory: Memory,
+    /// The numbers of its memory's constant blocks.
+    constant: HashSet<u32>,
     flavour: Flavour,
     msrs: Vec<u32>,
 }
@@ -165,7 +168,7 @@ impl Machine {
             describe(vcpu, &supported, index, vcpu_count)?;
             registers::set(vcpu, (index == 0).then_some(entry)).map_err(kvm("set a processor's registers"))?;
         }
-        parts.assemble()
+        parts.assemble(x86::boot::constant_blocks(&kernel.image))
     }
 
     /// Lets it run.
@@ -180,30 +183,30 @@ impl Machine {
         self.bus.devices().for_each(|mut device| device.rest());
     }
 
-    /// Writes a paused machine into two empty files; it can go on afterwards.
+    /// Writes a paused machine into two empty files; it can go on afterwards. `pages` is this process's.
     ///
     /// # Errors
     /// [`MachineError`]; then the files are of no use.
-    pub fn save(&self, state: &File, memory: &File) -> Result<(), MachineError> {
+    pub fn save(&self, state: &File, memory: &File, pages: &PageMap) -> Result<(), MachineError> {
         let vcpus = self.vcpus.paused();
         let vcpus = vcpus.iter().map(|vcpu| x86::state::save_vcpu(&self.vm, vcpu, &self.msrs));
         let saved = Saved {
             flavour: self.flavour,
             memory: memory::size(&self.memory),
+            blocks: snapshot::write_memory(&self.memory, &self.constant, pages, memory)?,
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: x86::state::save_vm(&self.vm)?,
             devices: self.bus.devices().map(|device| device.save()).collect::<Result<_, _>>()?,
         };
-        saved.write(state)?;
-        Ok(snapshot::write_memory(&self.memory, memory)?)
+        Ok(saved.write(state)?)
     }
 
-    /// Makes a machine that goes on where a saved one was, with devices of the same make. The memory file stays as it
-    /// is, and has to stay so as long as the machine is there.
+    /// Makes a machine that goes on where a saved one was, with devices of the same make. The memory file has to
+    /// stay as it is as long as the machine is there.
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn restore(config: Config, state: &File, memory: File) -> Result<Self, MachineError> {
+    pub fn restore(config: Config, state: &File, memory: &File) -> Result<Self, MachineError> {
         let saved = Saved::read(state)?;
         let mismatch = |what| Err(SnapshotError::Mismatch(what).into());
         if saved.flavour != config.flavour {
@@ -216,7 +219,7 @@ impl Machine {
             return mismatch("devices");
         }
         let vcpu_count = config.vcpus;
-        let memory = snapshot::map_memory(saved.memory, memory)?;
+        let memory = snapshot::map_memory(saved.memory, &saved.blocks, memory)?;
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
@@ -231,7 +234,7 @@ impl Machine {
         for (device, saved) in parts.devices.iter_mut().zip(saved.devices) {
             device.restore(saved)?;
         }
-        parts.assemble()
+        parts.assemble(saved.blocks.iter().filter(|block| block.constant).map(|block| block.index).collect())
     }
 
     /// Waits for its end.
@@ -308,7 +311,7 @@ impl Parts {
         Ok((supported, Self { vm, memory, vcpus, devices, console, confinement, flavour, msrs }))
     }
 
-    fn assemble(self) -> Result<Machine, MachineError> {
+    fn assemble(self, constant: HashSet<u32>) -> Result<Machine, MachineError> {
         self.devices.iter().try_for_each(Transport::ready)?;
         let bus = Arc::new(Bus::new(self.devices, self.console));
         let (sender, ends) = mpsc::channel();
@@ -323,6 +326,7 @@ impl Parts {
             ended: telling.told,
             vm: self.vm,
             memory: self.memory,
+            constant,
             flavour: self.flavour,
             msrs: self.msrs,
         })

@@ -1,18 +1,20 @@
 //! Machines in files: a machine at rest, written down so that another process can let it go on.
 //!
 //! Two files. The state file begins with [`MAGIC`], the version of the format, the length of the body in bytes and its
-//! CRC-32, each little endian; the body is the machine's processors and devices. The memory file is the guest's memory,
-//! region after region, with holes where it is zero; clones map it, and never write to it. Whatever comes back from
-//! either is as untrusted as a guest.
+//! CRC-32, each little endian; the body is the machine's processors and devices, and which blocks of its memory are not
+//! zero. The memory file is the guest's memory, region after region, with holes for the other blocks; clones never write
+//! to it. Whatever comes back from either is as untrusted as a guest.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt as _;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vm_memory::{Bytes as _, GuestMemory as _, GuestMemoryRegion as _, GuestRegionMmap, MemoryRegionAddress};
+use vm_memory::VolatileSlice;
 
+use super::memory::{BLOCK, Block};
 use super::x86::state::{VcpuState, VmState};
 use super::{Flavour, MAX_VCPUS, memory};
 use crate::Memory;
@@ -20,14 +22,13 @@ use crate::virtio::transport::SavedTransport;
 
 const MAGIC: [u8; 8] = *b"RUNVM-VM";
 /// To be raised whenever the body's form or meaning changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER: usize = 24;
 /// No machine has more beside its memory.
 const MAX_BODY: u64 = 256 << 20;
 
 const PAGE: usize = 4096;
-/// How much is looked at and written at once.
-const CHUNK: usize = 64 * PAGE;
+const ZERO: [u8; PAGE] = [0; PAGE];
 
 /// A machine at rest, without its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,6 +36,8 @@ pub(super) struct Saved {
     pub flavour: Flavour,
     /// In bytes.
     pub memory: u64,
+    /// Those of its blocks that the memory file holds.
+    pub blocks: Vec<Block>,
     pub vcpus: Vec<VcpuState>,
     pub vm: VmState,
     pub devices: Vec<SavedTransport>,
@@ -143,77 +146,73 @@ fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
-/// Writes memory into an empty file: what is zero becomes a hole.
-pub(super) fn write_memory(memory: &Memory, file: &File) -> Result<(), SnapshotError> {
-    let write = failed("write the guest's memory");
-    write_regions(memory, file).map_err(write)
+/// Writes memory into an empty file, and tells which blocks: all that are not zero, and all constant ones.
+pub(super) fn write_memory(
+    memory: &Memory,
+    constant: &HashSet<u32>,
+    pages: &PageMap,
+    file: &File,
+) -> Result<Vec<Block>, SnapshotError> {
+    write_blocks(memory, constant, pages, file).map_err(failed("write the guest's memory"))
 }
 
-fn write_regions(memory: &Memory, file: &File) -> io::Result<()> {
-    file.set_len(memory::size(memory))?;
-    let mut base = 0;
-    let mut chunk = vec![0; CHUNK];
-    for region in memory.iter() {
-        let resident = Residence::of(region);
-        for start in (0..region.len()).step_by(CHUNK) {
-            if !resident.any(start, CHUNK) {
-                continue;
-            }
-            let length = CHUNK.min((region.len() - start) as usize);
-            let chunk = &mut chunk[..length];
-            region.read_slice(chunk, MemoryRegionAddress(start)).map_err(io::Error::other)?;
-            write_pages(file, base + start, chunk)?;
+fn write_blocks(memory: &Memory, constant: &HashSet<u32>, pages: &PageMap, file: &File) -> io::Result<Vec<Block>> {
+    let size = memory::size(memory);
+    file.set_len(size)?;
+    let mut written = Vec::new();
+    let mut bytes = vec![0; BLOCK as usize];
+    for index in 0..size.div_ceil(BLOCK) as u32 {
+        let block = Block { index, constant: constant.contains(&index) };
+        let part = block.of(memory).ok_or(io::ErrorKind::InvalidInput)?;
+        if !block.constant && !pages.any(&part)? {
+            continue;
         }
-        base += region.len();
-    }
-    Ok(())
-}
-
-/// Writes those pages of a chunk that are not zero, neighbours together.
-fn write_pages(file: &File, offset: u64, chunk: &[u8]) -> io::Result<()> {
-    let zero = [0; PAGE];
-    let full: Vec<_> = chunk.chunks(PAGE).map(|page| page != &zero[..page.len()]).collect();
-    let mut page = 0;
-    while page < full.len() {
-        let run = full[page..].iter().take_while(|&&full| full).count();
-        if run > 0 {
-            let bytes = &chunk[page * PAGE..((page + run) * PAGE).min(chunk.len())];
-            file.write_all_at(bytes, offset + (page * PAGE) as u64)?;
+        let bytes = &mut bytes[..part.len()];
+        part.copy_to(bytes);
+        // Whole, so that the host can keep it, and map it, in a large page.
+        if block.constant || bytes.chunks(PAGE).any(|page| page != &ZERO[..page.len()]) {
+            file.write_all_at(bytes, block.offset())?;
+            written.push(block);
         }
-        page += run.max(1);
     }
-    Ok(())
+    Ok(written)
 }
 
 /// Opens the memory of a snapshot for a clone.
-pub(super) fn map_memory(size: u64, file: File) -> Result<Memory, SnapshotError> {
+pub(super) fn map_memory(size: u64, blocks: &[Block], file: &File) -> Result<Memory, SnapshotError> {
     let length = file.metadata().map_err(failed("read the guest's memory"))?.len();
     if length != size {
         return Err(SnapshotError::Damaged("its memory has another length"));
     }
-    memory::private_copy(size, file).map_err(|_| SnapshotError::Damaged("its memory cannot be mapped"))
+    if !blocks.is_sorted_by(|one, next| one.index < next.index) {
+        return Err(SnapshotError::Damaged("its memory is not in order"));
+    }
+    memory::from_file(size, file, blocks).map_err(|_| SnapshotError::Damaged("its memory cannot be had"))
 }
 
-/// Which pages of fresh memory have ever been touched.
-struct Residence(Option<Vec<u8>>);
+/// What this process has ever touched of its memory: `/proc/self/pagemap`. It is open only while it is needed, as it can
+/// tell where on the host the pages are.
+#[derive(Debug)]
+pub struct PageMap(File);
 
-impl Residence {
-    fn of(region: &GuestRegionMmap) -> Self {
-        // Of a mapped file it would tell what the page cache holds.
-        if region.file_offset().is_some() {
-            return Self(None);
-        }
-        let length = region.len() as usize;
-        let mut pages = vec![0; length.div_ceil(PAGE)];
-        // SAFETY: the range is the region's mapping, and the vector has a byte for each of its pages.
-        let asked = unsafe { libc::mincore(region.as_ptr().cast(), length, pages.as_mut_ptr()) };
-        Self((asked == 0).then_some(pages))
+impl PageMap {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// Where there is no `/proc`.
+    pub fn open() -> io::Result<Self> {
+        File::open("/proc/self/pagemap").map(Self)
     }
 
-    fn any(&self, start: u64, length: usize) -> bool {
-        let Some(pages) = &self.0 else { return true };
-        let first = start as usize / PAGE;
-        pages.iter().skip(first).take(length.div_ceil(PAGE)).any(|page| page & 1 == 1)
+    /// Whether any page of fresh memory is there, or swapped out: Documentation/admin-guide/mm/pagemap.rst.
+    fn any(&self, part: &VolatileSlice) -> io::Result<bool> {
+        const ENTRY: usize = size_of::<u64>();
+        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
+        let first = part.ptr_guard().as_ptr().addr() / PAGE;
+        let mut entries = vec![0; part.len() / PAGE * ENTRY];
+        self.0.read_exact_at(&mut entries, (first * ENTRY) as u64)?;
+        let (entries, _) = entries.as_chunks();
+        Ok(entries.iter().any(|&entry| u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0))
     }
 }
 
@@ -225,7 +224,7 @@ fn failed(step: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt as _;
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes as _, GuestAddress};
 
     #[test]
     fn memory_goes_through_a_sparse_file() {
@@ -234,21 +233,28 @@ mod tests {
         for (value, place) in (1u8..).zip(places) {
             memory.write_obj(value, GuestAddress(place)).unwrap();
         }
-        let file = tempfile::tempfile().unwrap();
-        write_memory(&memory, &file).unwrap();
-        assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20);
-        let again = map_memory(64 << 20, file.try_clone().unwrap()).unwrap();
+        let _: u8 = memory.read_obj(GuestAddress(10 << 20)).unwrap();
+        let write = |memory: &Memory, constant: &HashSet<u32>| {
+            let file = tempfile::tempfile().unwrap();
+            let blocks = write_memory(memory, constant, &PageMap::open().unwrap(), &file).unwrap();
+            (file, blocks)
+        };
+        let (file, blocks) = write(&memory, &HashSet::from([0, 7]));
+        assert_eq!(blocks, [(0, true), (7, true), (31, false)].map(|(index, constant)| Block { index, constant }));
+        assert!(file.metadata().unwrap().blocks() * 512 <= 3 * BLOCK + (64 << 10));
+        let again = map_memory(64 << 20, &blocks, &file).unwrap();
         for (value, place) in (1u8..).zip(places) {
             assert_eq!(again.read_obj::<u8>(GuestAddress(place)).unwrap(), value);
         }
         again.write_obj(9u8, GuestAddress(12_345)).unwrap();
-        let second = tempfile::tempfile().unwrap();
-        write_memory(&again, &second).unwrap();
-        let third = map_memory(64 << 20, second).unwrap();
+        let (second, blocks) = write(&again, &HashSet::from([0, 7]));
+        let third = map_memory(64 << 20, &blocks, &second).unwrap();
         assert_eq!(third.read_obj::<u8>(GuestAddress(12_345)).unwrap(), 9);
         assert_eq!(third.read_obj::<u8>(GuestAddress(4096)).unwrap(), 3);
+        let twice = [blocks[0], blocks[0]];
+        assert!(matches!(map_memory(64 << 20, &twice, &second), Err(SnapshotError::Damaged(_))));
         file.set_len(1 << 20).unwrap();
-        assert!(matches!(map_memory(64 << 20, file), Err(SnapshotError::Damaged(_))));
+        assert!(matches!(map_memory(64 << 20, &blocks, &file), Err(SnapshotError::Damaged(_))));
     }
 
     #[test]

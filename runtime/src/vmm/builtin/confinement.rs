@@ -4,7 +4,6 @@
 //! its capabilities those are left that making files for the guest takes. Then each of its threads for itself: what its
 //! role does not take. docs/architecture.md has the table; `runtime/tests/confinement` shows what an attacker is left with.
 
-use std::fs::File;
 use std::io;
 
 use nix::libc;
@@ -26,15 +25,6 @@ pub fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
     let file_system = share::enter(exports)?;
     share::confine::drop_privileges()?;
     Ok(file_system)
-}
-
-/// The same file for reading alone, to be called before [`enter`]: of what is open for reading an attacker could else
-/// get a descriptor for writing, as it can name its own descriptors.
-///
-/// # Errors
-/// Where the host's kernel cannot.
-pub fn read_only(file: &File) -> io::Result<File> {
-    share::confine::read_only(file)
 }
 
 /// Leaves the calling thread what its role takes, for good.

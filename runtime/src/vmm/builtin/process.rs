@@ -18,7 +18,7 @@ use runvm_vmm::Event;
 use runvm_vmm::confinement::Role;
 use runvm_vmm::door::Door;
 use runvm_vmm::machine::x86::boot::Kernel;
-use runvm_vmm::machine::{Config, End, Machine};
+use runvm_vmm::machine::{Config, End, Machine, PageMap};
 use runvm_vmm::virtio::Device;
 use runvm_vmm::virtio::balloon::{Backing, Balloon};
 use runvm_vmm::virtio::fs::Fs;
@@ -27,7 +27,7 @@ use runvm_vmm::virtio::rng::Rng;
 use runvm_vmm::virtio::vsock::Vsock;
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::confinement::{confine, enter, read_only};
+use super::confinement::{confine, enter};
 use super::description::{Beginning, Description, FIRST_DESCRIPTOR, Failure, Report, Saving};
 use crate::error::sentence;
 use crate::share;
@@ -89,13 +89,7 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         }
         Beginning::Restore => (None, None, false),
     };
-    let template = match (&description.beginning, inherited.template) {
-        // The memory stays open as long as the machine runs, and is many others' too.
-        (Beginning::Restore, Some((state, memory))) => {
-            Some((state, read_only(&memory).map_err(failed("open the template's memory"))?))
-        }
-        (_, template) => template,
-    };
+    let pages = save.then(PageMap::open).transpose().map_err(failed("look at the process's pages"))?;
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
     let knock = knocked.try_clone().map_err(failed("make an event"))?;
@@ -118,21 +112,22 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         console,
         confinement: Arc::new(confine),
     };
-    match (kernel, template) {
+    match (kernel, inherited.template) {
         (Some(kernel), template) => {
             let machine = Machine::boot(config, kernel).map_err(failed("make the machine"))?;
             confine(Role::Owner).map_err(failed("confine the VM's process"))?;
             machine.resume();
             await_knock(&machine, &knocked)?;
-            let saving = match template {
-                Some((state, memory)) if save => write(&machine, &state, &memory),
+            let saving = match (template, pages) {
+                (Some((state, memory)), Some(pages)) => write(&machine, &state, &memory, &pages),
                 _ => Saving::NotAsked,
             };
             Ok((machine, saving))
         }
         (None, Some((state, memory))) => {
-            let machine = Machine::restore(config, &state, memory).map_err(failed("fork the machine"))?;
-            drop(state);
+            let machine = Machine::restore(config, &state, &memory).map_err(failed("fork the machine"))?;
+            // What many machines come from is open in none that runs.
+            drop((state, memory));
             confine(Role::Owner).map_err(failed("confine the VM's process"))?;
             machine.resume();
             Ok((machine, Saving::NotAsked))
@@ -159,9 +154,9 @@ fn await_knock(machine: &Machine, knocked: &Event) -> Result<(), Failure> {
 }
 
 /// Writes the machine into a template's files, and lets it go on.
-fn write(machine: &Machine, state: &File, memory: &File) -> Saving {
+fn write(machine: &Machine, state: &File, memory: &File, pages: &PageMap) -> Saving {
     machine.pause();
-    let saved = machine.save(state, memory);
+    let saved = machine.save(state, memory, pages);
     machine.resume();
     match saved {
         Ok(()) => Saving::Done,

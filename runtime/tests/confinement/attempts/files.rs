@@ -31,10 +31,6 @@ pub const ATTEMPTS: &[Attempt] = &[
         read(&climb(Path::new(&format!("/proc/{}/root", map.owner)), &map.outside.join("secret")))
     }),
     sometimes("open a file by its handle", by_handle),
-    attempt("change a file that is open for reading", |map| {
-        let name = map.handed_in.ok_or_else(in_vain)?.to_string();
-        from_any_descriptor(Path::new("/proc/self/fd"), Path::new(&name), libc::O_WRONLY)
-    }),
     attempt("change a file", |map| OpenOptions::new().write(true).open(map.outside.join("secret")).map(drop)),
     attempt("make a file", |map| File::create(map.outside.join("new")).map(drop)),
     attempt("remove a file", |map| {

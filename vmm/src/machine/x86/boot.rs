@@ -1,11 +1,16 @@
 //! Putting a kernel into memory and describing the machine to it: Linux's 64-bit boot protocol
 //! (Documentation/arch/x86/boot.rst), with the kernel an uncompressed ELF file.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt as _;
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader as _};
+use object::LittleEndian;
+use object::elf::{FileHeader64, PF_W, PT_LOAD};
+use object::read::elf::{FileHeader as _, ProgramHeader as _};
 use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
@@ -114,6 +119,22 @@ pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, B
         page_tables: PML4,
         gdt: (GDT, SEGMENTS.len() as u16 * 8),
     })
+}
+
+/// The numbers of the blocks of memory that hold nothing but a kernel's code, or other constants.
+pub fn constant_blocks(image: &File) -> HashSet<u32> {
+    let mut start = [0; PAGE as usize];
+    let headers = image.read_at(&mut start, 0).ok().and_then(|_| {
+        let header = FileHeader64::<LittleEndian>::parse(&start[..]).ok()?;
+        header.program_headers(LittleEndian, &start[..]).ok()
+    });
+    let blocks = headers.into_iter().flatten().flat_map(|segment| {
+        let constant = segment.p_type(LittleEndian) == PT_LOAD && segment.p_flags(LittleEndian) & PF_W == 0;
+        let address = segment.p_paddr(LittleEndian);
+        let end = if constant { address.saturating_add(segment.p_filesz(LittleEndian)) } else { 0 };
+        address.div_ceil(memory::BLOCK)..end / memory::BLOCK
+    });
+    blocks.filter_map(|block| block.try_into().ok()).collect()
 }
 
 /// Puts the archive at the end of the memory below the devices; where, and how long it is.
