@@ -16,29 +16,63 @@ pub(crate) fn is_child() -> bool {
     IS_CHILD.load(Ordering::Relaxed)
 }
 
+/// In the words of clone(2); libc's own is too small for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Where a copy is born, if not where this process is: new namespaces, as flags of clone(2), and a cgroup.
+pub(crate) struct Birthplace<'a> {
+    pub(crate) namespaces: libc::c_int,
+    pub(crate) cgroup: BorrowedFd<'a>,
+}
+
 /// Runs `work` in a copy of this process, which then exits with what it returns. The copy has no files open but its
 /// stdio and those in `keep`: what goes on into a container must not carry anything of the agent's there. Its log
 /// goes into `log`, which is among the kept.
 pub(crate) fn fork(log: OwnedFd, keep: &[BorrowedFd<'_>], work: impl FnOnce() -> i32) -> io::Result<Pid> {
-    split(|| {
-        let kept = keep.iter().map(BorrowedFd::as_raw_fd).chain([log.as_raw_fd()]);
-        leave_files(kept.collect());
-        forget_signals();
-        log::redirect(File::from(log));
-        work()
-    })
+    split(|| apart(log, keep, work))
+}
+
+/// Runs `work` as [`fork`] does, in a copy that is born elsewhere.
+pub(crate) fn fork_into(
+    place: &Birthplace<'_>,
+    log: OwnedFd,
+    keep: &[BorrowedFd<'_>],
+    work: impl FnOnce() -> i32,
+) -> io::Result<Pid> {
+    // SAFETY: nothing in it has to be anything but zero.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.flags = u64::from(place.namespaces.cast_unsigned()) | CLONE_INTO_CGROUP;
+    arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
+    arguments.cgroup = u64::from(place.cgroup.as_raw_fd().cast_unsigned());
+    // SAFETY: without memory in common this is fork(2), and the agent has one thread. What the C library knows of
+    // the process that may not be so any more, its number, it only uses to abort.
+    let forked = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
+    continue_as(forked, || apart(log, keep, work))
+}
+
+fn apart(log: OwnedFd, keep: &[BorrowedFd<'_>], work: impl FnOnce() -> i32) -> i32 {
+    let kept = keep.iter().map(BorrowedFd::as_raw_fd).chain([log.as_raw_fd()]);
+    leave_files(kept.collect());
+    forget_signals();
+    log::redirect(File::from(log));
+    work()
 }
 
 /// Runs `work` in a copy of this process that keeps everything; otherwise as [`fork`].
 pub(crate) fn split(work: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: the agent has one thread, so the copy has everything that it may need.
     let forked = unsafe { libc::fork() };
-    match forked {
-        0 => {
+    continue_as(forked.into(), work)
+}
+
+fn continue_as(forked: libc::c_long, work: impl FnOnce() -> i32) -> io::Result<Pid> {
+    match i32::try_from(forked) {
+        Ok(0) => {
             IS_CHILD.store(true, Ordering::Relaxed);
             exit(work())
         }
-        pid => Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error),
+        Ok(pid) => Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error),
+        Err(error) => Err(io::Error::other(error)),
     }
 }
 

@@ -44,13 +44,6 @@ pub(crate) struct Line {
     stage: Option<String>,
 }
 
-/// What a child reported.
-#[derive(Default)]
-pub(crate) struct ChildLog {
-    /// The first line of level error: nearest to the cause.
-    pub(crate) first_error: Option<String>,
-}
-
 struct Log {
     level: LevelFilter,
     lines: Mutex<Held>,
@@ -116,21 +109,19 @@ pub(crate) fn redirect(pipe: File) {
 }
 
 /// Takes over the lines of a child until it closes its end of the pipe.
-pub(crate) async fn adopt(pipe: impl AsyncRead + Unpin) -> ChildLog {
-    let mut child = ChildLog::default();
+pub(crate) async fn adopt(pipe: impl AsyncRead + Unpin) {
     let mut reader = BufReader::new(pipe);
     let mut line = Vec::new();
     loop {
         line.clear();
         let read = (&mut reader).take(MAX_LINE as u64).read_until(b'\n', &mut line).await;
         if !matches!(read, Ok(1..)) {
-            return child;
+            return;
         }
         let Ok(mut parsed) = serde_json::from_slice::<Line>(&line) else { continue };
         if parsed.level == "error" {
             // It is an error of the request, which the host answers for; to the agent it is but a warning.
             parsed.level = "warn".into();
-            child.first_error.get_or_insert_with(|| parsed.message.clone());
         }
         if let Some(log) = LOG.get() {
             log.write(&parsed);
@@ -286,16 +277,6 @@ mod tests {
         assert!(held.bytes <= MAX_HELD);
         assert_eq!(held.bytes, held.lines.iter().map(Vec::len).sum::<usize>());
         assert_ne!(held.pop(), Some(vec![0; 1000]));
-    }
-
-    #[tokio::test]
-    async fn the_first_error_of_a_child_is_kept() {
-        let lines = b"not JSON\n\
-            {\"level\":\"info\",\"message\":\"a\",\"guest_us\":1}\n\
-            {\"level\":\"error\",\"message\":\"the cause\",\"guest_us\":2}\n\
-            {\"level\":\"error\",\"message\":\"what followed\",\"guest_us\":3}\n";
-        let child = adopt(&lines[..]).await;
-        assert_eq!(child.first_error.as_deref(), Some("the cause"));
     }
 
     #[test]

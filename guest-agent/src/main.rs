@@ -37,13 +37,6 @@ use self::serial::Serial;
 const SERIAL_READ: usize = 4096;
 
 fn main() {
-    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    if let Some((first, others)) = arguments.split_first()
-        && first == container::cwd::MAKE
-        && std::process::id() != 1
-    {
-        std::process::exit(container::cwd::make(others));
-    }
     std::panic::set_hook(Box::new(|panic| {
         eprintln!("runvm-agent: {panic}");
         if child::is_child() {

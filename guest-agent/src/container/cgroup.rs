@@ -39,6 +39,12 @@ impl Cgroup {
         &self.path
     }
 
+    /// Makes it, with its limits.
+    pub(crate) fn create(&self, resources: Option<&LinuxResources>) -> Result<(), String> {
+        fs::create_dir(&self.path).map_err(|error| format!("cannot make the container's cgroup: {error}"))?;
+        resources.map_or(Ok(()), |resources| self.update(resources))
+    }
+
     /// Changes the limits.
     pub(crate) fn update(&self, resources: &LinuxResources) -> Result<(), String> {
         let options = ControllerOpt { resources, freezer_state: None, oom_score_adj: None, disable_oom_killer: false };

@@ -2,14 +2,19 @@
 
 mod cgroup;
 mod create;
-pub(crate) mod cwd;
 pub(crate) mod devices;
 mod exec;
+mod init;
+mod priority;
+mod process;
 mod program;
+mod rootfs;
 pub(crate) mod spec;
+mod sysctl;
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use libcontainer::oci_spec::runtime::{Process as ProcessSpec, Spec};
@@ -17,8 +22,9 @@ use runvm_protocol::agent;
 use rustix::process::Pid;
 
 use self::cgroup::Cgroup;
-use self::create::{Files, FirstStdio};
-use self::exec::{Door, ExecStdio};
+use self::create::Starter;
+use self::exec::Door;
+use self::process::Stdio;
 use self::spec::GuestSpec;
 use crate::error::RequestError;
 use crate::log;
@@ -34,20 +40,14 @@ const MAX_EXECS: usize = 256;
 pub(crate) struct Containers {
     reaper: Reaper,
     held: HeldStreams,
-    state: Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    /// `None` for a container that is being made.
-    containers: HashMap<String, Option<Arc<Container>>>,
-    made: u64,
+    /// `None` for one that is being made.
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
 
 /// One container, from its creation to its deletion.
 struct Container {
     cgroup: Cgroup,
-    files: Files,
+    starter: Starter,
     door: Door,
     init: Process,
     phase: Mutex<Phase>,
@@ -72,51 +72,44 @@ struct Process {
 
 impl Containers {
     pub(crate) fn new(reaper: Reaper, held: HeldStreams) -> Self {
-        Self { reaper, held, state: Mutex::default() }
+        Self { reaper, held, containers: Mutex::default() }
     }
 
     /// Creates a container, up to its program. Returns the number of its first process.
     pub(crate) async fn create(&self, request: &agent::CreateContainerRequest) -> Result<u32, RequestError> {
         let id = valid(&request.container_id)?;
-        let number = {
-            let mut state = lock(&self.state);
-            if state.containers.contains_key(id) {
+        {
+            let mut containers = lock(&self.containers);
+            if containers.contains_key(id) {
                 return Err(RequestError::ContainerExists);
             }
-            state.containers.insert(id.to_owned(), None);
-            state.made += 1;
-            state.made
-        };
+            containers.insert(id.to_owned(), None);
+        }
         log::stage("container create begin");
-        let made = self.make(id, number, request).await;
-        let mut state = lock(&self.state);
+        let made = self.make(id, request).await;
+        let mut containers = lock(&self.containers);
         match made {
             Ok(container) => {
                 let pid = container.init.number();
-                state.containers.insert(id.to_owned(), Some(Arc::new(container)));
+                containers.insert(id.to_owned(), Some(Arc::new(container)));
                 log::stage("container create end");
                 Ok(pid)
             }
             Err(error) => {
-                state.containers.remove(id);
+                containers.remove(id);
                 Err(error)
             }
         }
     }
 
-    async fn make(
-        &self,
-        id: &str,
-        number: u64,
-        request: &agent::CreateContainerRequest,
-    ) -> Result<Container, RequestError> {
+    async fn make(&self, id: &str, request: &agent::CreateContainerRequest) -> Result<Container, RequestError> {
         let cgroup = Cgroup::of(id);
         let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
         let streams = Streams::take(&self.held, &request.stdio).await?;
-        set_net_sysctls(&net_sysctls)?;
-        let files = Files::create(id, number).map_err(RequestError::system("make the container's folder"))?;
-        let first = self.first_process(&files, &spec, &request.stdio, streams).await;
-        let made = first.and_then(|init| Container::around(init, &spec, &cgroup, files));
+        // The guest's network is the container's.
+        sysctl::set(&net_sysctls).map_err(RequestError::Program)?;
+        let first = self.first_process(id, &cgroup, &spec, &request.stdio, streams).await;
+        let made = first.and_then(|(init, starter)| Container::around(init, starter, &spec, &cgroup));
         if made.is_err() {
             let _ = cgroup.remove().await;
         }
@@ -125,27 +118,23 @@ impl Containers {
 
     async fn first_process(
         &self,
-        files: &Files,
+        id: &str,
+        cgroup: &Cgroup,
         spec: &Spec,
         stdio: &agent::Stdio,
         streams: Streams,
-    ) -> Result<Process, RequestError> {
+    ) -> Result<(Process, Starter), RequestError> {
         let process = spec.process().clone().unwrap_or_default();
         if process.terminal().unwrap_or_default() {
-            let created = create::create(&self.reaper, files, spec, FirstStdio::Terminal).await?;
-            let terminal = created.master.map(Terminal::new).transpose();
-            let terminal =
-                terminal.map_err(RequestError::system("use the terminal"))?.ok_or(RequestError::NoTerminal)?;
-            if let Some(size) = size_of(stdio, &process) {
-                terminal.resize(size).map_err(RequestError::system("size the terminal"))?;
-            }
-            terminal.give_to(process.user().uid()).map_err(RequestError::system("give the terminal to its user"))?;
-            let attached = |streams| Ok(Attached::terminal(streams, terminal, &created.exit));
-            return adopt(streams, created.init, &created.exit, attached);
+            let terminal = Stdio::Terminal(size_of(stdio, &process));
+            let created = create::create(&self.reaper, id, cgroup, spec, terminal).await?;
+            let process = adopt_terminal(streams, created.init, &created.exit, created.master)?;
+            return Ok((process, created.starter));
         }
         let (pipes, ends) = pipes_for(&streams, &process)?;
-        let created = create::create(&self.reaper, files, spec, FirstStdio::Pipes(ends)).await?;
-        adopt(streams, created.init, &created.exit, |streams| Attached::pipes(streams, pipes, &created.exit))
+        let created = create::create(&self.reaper, id, cgroup, spec, Stdio::Pipes(ends)).await?;
+        let attached = |streams| Attached::pipes(streams, pipes, &created.exit);
+        Ok((adopt(streams, created.init, &created.exit, attached)?, created.starter))
     }
 
     /// Runs the container's program.
@@ -155,7 +144,7 @@ impl Containers {
             return Err(RequestError::Stopped);
         }
         container.change(Phase::Created, Phase::Running, RequestError::AlreadyStarted)?;
-        create::start(&container.files).await.map_err(RequestError::system("start the container"))?;
+        container.starter.start().await.map_err(RequestError::system("start the container"))?;
         log::stage("start");
         Ok(())
     }
@@ -183,7 +172,7 @@ impl Containers {
             return Err(RequestError::StillRunning);
         }
         container.cgroup.remove().await.map_err(RequestError::system("remove the container's cgroup"))?;
-        lock(&self.state).containers.remove(id);
+        lock(&self.containers).remove(id);
         Ok(())
     }
 
@@ -246,16 +235,12 @@ impl Containers {
         streams: Streams,
     ) -> Result<Process, RequestError> {
         if process.terminal().unwrap_or_default() {
-            let size = size_of(stdio, process);
-            let entered = exec::enter(&self.reaper, door, process, ExecStdio::Terminal(size)).await?;
-            let terminal = entered.master.map(Terminal::new).transpose();
-            let terminal =
-                terminal.map_err(RequestError::system("use the terminal"))?.ok_or(RequestError::NoTerminal)?;
-            let attached = |streams| Ok(Attached::terminal(streams, terminal, &entered.exit));
-            return adopt(streams, entered.pid, &entered.exit, attached);
+            let terminal = Stdio::Terminal(size_of(stdio, process));
+            let entered = exec::enter(&self.reaper, door, process, terminal).await?;
+            return adopt_terminal(streams, entered.pid, &entered.exit, entered.master);
         }
         let (pipes, ends) = pipes_for(&streams, process)?;
-        let entered = exec::enter(&self.reaper, door, process, ExecStdio::Pipes(ends)).await?;
+        let entered = exec::enter(&self.reaper, door, process, Stdio::Pipes(ends)).await?;
         adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
     }
 
@@ -291,13 +276,13 @@ impl Containers {
     }
 
     fn find(&self, id: &str) -> Result<Arc<Container>, RequestError> {
-        lock(&self.state).containers.get(id).cloned().flatten().ok_or(RequestError::NoContainer)
+        lock(&self.containers).get(id).cloned().flatten().ok_or(RequestError::NoContainer)
     }
 }
 
 impl Container {
     /// The container of a first process that waits to become its program.
-    fn around(init: Process, spec: &Spec, cgroup: &Cgroup, files: Files) -> Result<Self, RequestError> {
+    fn around(init: Process, starter: Starter, spec: &Spec, cgroup: &Cgroup) -> Result<Self, RequestError> {
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
@@ -307,7 +292,7 @@ impl Container {
         let door = Door::new(init.pid, namespaces, cgroup.clone(), seccomp)
             .map_err(RequestError::system("open the container's first process"))?;
         let (phase, execs) = (Mutex::new(Phase::Created), Mutex::default());
-        Ok(Self { cgroup: cgroup.clone(), files, door, init, phase, execs })
+        Ok(Self { cgroup: cgroup.clone(), starter, door, init, phase, execs })
     }
 
     fn alive(&self) -> Result<(), RequestError> {
@@ -374,6 +359,12 @@ fn adopt(
     Ok(process)
 }
 
+fn adopt_terminal(streams: Streams, pid: Pid, exit: &Exit, master: Option<OwnedFd>) -> Result<Process, RequestError> {
+    let terminal = master.map(Terminal::new).transpose();
+    let terminal = terminal.map_err(RequestError::system("use the terminal"))?.ok_or(RequestError::NoTerminal)?;
+    adopt(streams, pid, exit, |streams| Ok(Attached::terminal(streams, terminal, exit)))
+}
+
 fn pipes_for(streams: &Streams, process: &ProcessSpec) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
     let user = process.user();
     Pipes::new(streams, user.uid(), user.gid()).map_err(RequestError::system("make the process's pipes"))
@@ -387,19 +378,6 @@ fn size_of(stdio: &agent::Stdio, process: &ProcessSpec) -> Option<rustix::termio
     let size = process.console_size()?;
     let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
     (size.height() != 0 && size.width() != 0).then(|| window(number(size.height()), number(size.width())))
-}
-
-/// The guest's network is the container's, so its parameters are set for the guest.
-fn set_net_sysctls(sysctls: &HashMap<String, String>) -> Result<(), RequestError> {
-    for (name, value) in sysctls {
-        let path = if name.contains('/') { name.clone() } else { name.replace('.', "/") };
-        if path.split('/').any(|part| part == "..") {
-            return Err(RequestError::Program(format!("linux.sysctl: {name:?} is no parameter of the kernel")));
-        }
-        fs::write(format!("/proc/sys/{path}"), value)
-            .map_err(|error| RequestError::Program(format!("cannot set linux.sysctl {name}={value}: {error}")))?;
-    }
-    Ok(())
 }
 
 /// Identifiers are names of files and cgroups.

@@ -7,46 +7,19 @@ use std::convert::Infallible;
 use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufReader, Read as _, Write as _};
+use std::io::{BufReader, Read as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use libcontainer::oci_spec::runtime::{Process, Spec};
-use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use libcontainer::oci_spec::runtime::Process;
 use rustix::fs::{Access, AtFlags, CWD, FileType};
 use rustix::io::Errno;
-
-use crate::child;
 
 /// The largest /etc/passwd that is searched for a home.
 const MAX_PASSWD: u64 = 4 << 20;
 
-/// What libcontainer runs at the end of a container's creation (`validate`) and at its start (`exec`).
-#[derive(Clone)]
-pub(crate) struct Program;
-
-impl Executor for Program {
-    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let process = spec.process().as_ref().ok_or(ExecutorValidationError::CantHandle("runvm"))?;
-        find(process).map(drop).map_err(ExecutorValidationError::ArgValidationError)
-    }
-
-    fn setup_envs(&self, _: std::collections::HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // The program gets its environment as the specification has it, in order.
-        Ok(())
-    }
-
-    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let process = spec.process().as_ref().ok_or(ExecutorError::InvalidArg)?;
-        let Err(sentence) = run(process);
-        // The engine has been told that the container runs: its user finds the reason in the container's output.
-        let _ = writeln!(std::io::stderr(), "{sentence}");
-        child::exit(1)
-    }
-}
-
 /// Becomes the program.
-pub(crate) fn run(process: &Process) -> Result<Infallible, String> {
+pub(super) fn run(process: &Process) -> Result<Infallible, String> {
     let path = find(process)?;
     let arguments = process.args().iter().flatten();
     let failed = |error: &dyn fmt::Display| format!("exec {}: {error}", path.display());
@@ -63,7 +36,7 @@ pub(crate) fn run(process: &Process) -> Result<Infallible, String> {
 }
 
 /// Finds the program as a shell would, with the process's PATH.
-fn find(process: &Process) -> Result<PathBuf, String> {
+pub(super) fn find(process: &Process) -> Result<PathBuf, String> {
     let name = process.args().iter().flatten().next().filter(|name| !name.is_empty());
     let name = name.ok_or(r#"exec: "": executable file not found in $PATH"#)?;
     if name.contains('/') {

@@ -11,7 +11,6 @@ use runvm_protocol::agent;
 use runvm_protocol::mux::ByteStream;
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
-use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -124,13 +123,6 @@ impl Terminal {
     /// Says how large the host's terminal is.
     pub(crate) fn resize(&self, size: Winsize) -> io::Result<()> {
         Ok(rustix::termios::tcsetwinsize(self.0.get_ref(), size)?)
-    }
-
-    /// Makes the user the owner of the process's end.
-    pub(crate) fn give_to(&self, uid: u32) -> io::Result<()> {
-        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-        let end = rustix::pty::ioctl_tiocgptpeer(self.0.get_ref(), flags)?;
-        Ok(rustix::fs::fchown(end, Some(Uid::from_raw(uid)), None)?)
     }
 }
 

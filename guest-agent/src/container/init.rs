@@ -1,0 +1,151 @@
+//! A container's first process, from its birth in the container's namespaces and cgroup to its program.
+//!
+//! Like [`super::exec`] it takes the steps itself, in runc's order and with libcontainer's parts: libcontainer's own way
+//! is three processes, each a copy of the last, and in a guest that has just been forked a page touched for the first
+//! time is what costs.
+
+use std::convert::Infallible;
+use std::io::{self, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::hooks;
+use libcontainer::oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxPersonalityDomain, Process, Spec};
+use libcontainer::utils::parse_env;
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::UnshareFlags;
+
+use super::process::{self, Stdio, failed, let_go, tell};
+use super::{priority, program, rootfs, sysctl};
+use crate::child;
+
+/// personality(2): programs see a machine of 32 bits.
+const PER_LINUX32: libc::c_ulong = 8;
+
+/// What the process says when it waits for its program's start; anything else is why it does not.
+pub(super) const READY: &str = "ready";
+
+/// The process's ends of what it is directed by. All close when its program runs.
+pub(super) struct Reins {
+    pub(super) report: OwnedFd,
+    pub(super) go: OwnedFd,
+    pub(super) console: OwnedFd,
+}
+
+/// The namespaces that the process is born in, as flags of clone(2). That of cgroups has to wait until it is in its
+/// cgroup.
+pub(super) fn namespaces(linux: &Linux) -> libc::c_int {
+    let flag = |kind| match kind {
+        LinuxNamespaceType::Mount => libc::CLONE_NEWNS,
+        LinuxNamespaceType::Pid => libc::CLONE_NEWPID,
+        LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC,
+        LinuxNamespaceType::Uts => libc::CLONE_NEWUTS,
+        _ => 0,
+    };
+    linux.namespaces().iter().flatten().fold(0, |flags, namespace| flags | flag(namespace.typ()))
+}
+
+/// The process's life up to its program; its exit code, should it not come so far.
+pub(super) fn live(id: &str, spec: &Spec, stdio: &Stdio, reins: &Reins) -> i32 {
+    let process = match prepare(spec, stdio, &reins.console) {
+        Ok(process) => process,
+        Err(sentence) => return tell(&reins.report, &sentence),
+    };
+    tell(&reins.report, &READY);
+    let_go(&reins.report);
+    match run(id, spec, process, &reins.go) {
+        Err(sentence) => {
+            // The engine has been told that the container runs: its user finds the reason in the container's output.
+            let _ = writeln!(io::stderr(), "{sentence}");
+            1
+        }
+    }
+}
+
+fn prepare<'a>(spec: &'a Spec, stdio: &Stdio, console: &OwnedFd) -> Result<&'a Process, String> {
+    let process = spec.process().as_ref().ok_or("process is missing")?;
+    let linux = spec.linux().as_ref().ok_or("linux is missing")?;
+    process::limit(process)?;
+    if let Some(priority) = process.io_priority() {
+        priority::set_io(priority).map_err(failed("set process.ioPriority"))?;
+    }
+    if let Some(scheduler) = process.scheduler() {
+        priority::set_scheduler(scheduler).map_err(failed("set process.scheduler"))?;
+    }
+    rustix::process::setsid().map_err(failed("start a session"))?;
+    enter_namespaces(spec, linux)?;
+    rootfs::enter(spec, linux)?;
+    rootfs::make_directory(process.cwd())?;
+    process::connect(stdio, console.as_fd(), process, true)?;
+    use_own_null().map_err(failed("use the container's /dev/null"))?;
+    if let Some(personality) = linux.personality() {
+        let domain = match personality.domain() {
+            LinuxPersonalityDomain::PerLinux => 0,
+            LinuxPersonalityDomain::PerLinux32 => PER_LINUX32,
+        };
+        // SAFETY: it takes a number only.
+        unsafe { libc::personality(domain) };
+    }
+    rootfs::protect(spec, linux)?;
+    process::settle(process, linux.seccomp().as_ref())?;
+    program::find(process)?;
+    Ok(process)
+}
+
+/// What is left of the namespaces: that of cgroups, names, and parameters of the kernel that belong to one.
+fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
+    let has = |kind| linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == kind);
+    if has(LinuxNamespaceType::Cgroup) {
+        // SAFETY: the table of descriptors is not among the flags.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
+            .map_err(failed("make a cgroup namespace"))?;
+    }
+    if has(LinuxNamespaceType::Uts) {
+        if let Some(name) = spec.hostname() {
+            rustix::system::sethostname(name.as_bytes()).map_err(failed("set hostname"))?;
+        }
+        if let Some(name) = spec.domainname() {
+            rustix::system::setdomainname(name.as_bytes()).map_err(failed("set domainname"))?;
+        }
+    }
+    linux.sysctl().as_ref().map_or(Ok(()), sysctl::set)
+}
+
+/// A descriptor of the guest's /dev/null becomes one of the container's.
+fn use_own_null() -> rustix::io::Result<()> {
+    let guests = |descriptor: BorrowedFd<'_>| {
+        rustix::fs::fstat(descriptor).is_ok_and(|data| data.st_rdev == rustix::fs::makedev(1, 3))
+    };
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let open = || rustix::fs::open("/dev/null", flags, Mode::empty());
+    if guests(rustix::stdio::stdin()) {
+        rustix::stdio::dup2_stdin(open()?)?;
+    }
+    if guests(rustix::stdio::stdout()) {
+        rustix::stdio::dup2_stdout(open()?)?;
+    }
+    if guests(rustix::stdio::stderr()) {
+        rustix::stdio::dup2_stderr(open()?)?;
+    }
+    Ok(())
+}
+
+/// Waits for the start, and becomes the program.
+fn run(id: &str, spec: &Spec, process: &Process, go: &OwnedFd) -> Result<Infallible, String> {
+    let mut word = [0];
+    if !matches!(rustix::io::read(go, &mut word), Ok(1)) {
+        // The container is deleted, or the guest ends.
+        child::exit(1);
+    }
+    if let Some(hooks) = spec.hooks() {
+        let number = i32::try_from(std::process::id()).ok();
+        let bundle = spec.root().as_ref().and_then(|root| root.path().parent()).unwrap_or(Path::new("/"));
+        let mut state = State::new(id, ContainerStatus::Created, number, bundle.to_owned());
+        state.annotations = spec.annotations().clone();
+        let environment = parse_env(process.env().as_deref().unwrap_or_default());
+        hooks::run_hooks(hooks.start_container().as_ref(), Some(&state), None, None, Some(&environment))
+            .map_err(failed("run hooks.startContainer"))?;
+    }
+    program::run(process)
+}
