@@ -55,13 +55,13 @@ boot() {
     khz=$(awk -F: '/^cpu MHz/ { printf "%d", $2 * 1000; exit }' /proc/cpuinfo)
 
     output=$(timeout 120 qemu-system-x86_64 "$@" \
-        -M microvm,x-option-roms=off,isa-serial=off,rtc=off,pit=off,pic=off,acpi=off \
+        -M microvm,x-option-roms=off,isa-serial=off,pit=off,pic=off,acpi=off \
         -m 256M -nodefaults -no-user-config -display none -no-reboot \
         -global virtio-mmio.force-legacy=false -device virtio-serial-device,max_ports=1 \
         -chardev stdio,id=console -device virtconsole,chardev=console \
         -kernel "$kernel" -initrd "$work/initramfs.cpio" \
         -append "quiet console=hvc0 reboot=t panic=-1 noreplace-smp pci=off \
-            tsc_early_khz=$khz lpj=$((khz * 4)) no_timer_check $arguments" </dev/null 2>&1) || true
+            tsc_early_khz=$khz tsc=reliable lapic_timer_khz=1000000 $arguments" </dev/null 2>&1) || true
     echo "$output"
     [[ $output == *"checked: "*" 0 missing"* ]] || die "$kernel does not have all that containers need"
 }
