@@ -11,6 +11,12 @@ use super::probe::Accelerator;
 const COMMON: [&str; 6] =
     ["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on", "dummy.numdummies=0"];
 
+/// How fast the local APIC's timer of QEMU's own processors counts: once in a nanosecond.
+const QEMU_LAPIC_TIMER_KHZ: u32 = 1_000_000;
+
+/// How many jiffies there are in a second of the guest's kernels.
+const GUEST_HZ: u64 = 250;
+
 /// For a machine of the built-in VMM, whose console is shown or not.
 pub fn builtin(console: bool) -> String {
     let mut words = common(console);
@@ -20,27 +26,40 @@ pub fn builtin(console: bool) -> String {
     words.join(" ")
 }
 
-/// For a machine of QEMU's.
-pub fn qemu(machine: &Machine) -> String {
+/// For a machine of QEMU's. `counter_khz` is the [rate of the host's counter](host_counter_khz), and matters to TCG alone.
+pub fn qemu(machine: &Machine, counter_khz: Option<u64>) -> String {
     let mut words = common(machine.console.is_some());
-    let khz = processor_khz();
-    if machine.accelerator == Accelerator::Tcg && khz > 0 {
-        // Otherwise the guest measures its clock against the PIT, and fails on a busy host.
-        words.push(format!("tsc_early_khz={khz} lpj={} no_timer_check", khz * 4));
+    if machine.accelerator == Accelerator::Tcg {
+        // A guest measures the rates that it is not told, and does so wrongly on a busy host.
+        words.push(format!("lapic_timer_khz={QEMU_LAPIC_TIMER_KHZ}"));
+        words.push(match counter_khz {
+            // QEMU keeps the counter from ever going back; what the kernel would check it with loses ticks.
+            Some(khz) => format!("tsc_early_khz={khz} lpj={} tsc=reliable", khz * 1000 / GUEST_HZ),
+            None => "no_timer_check".to_owned(),
+        });
     }
     words.join(" ")
+}
+
+/// The rate in kHz of the host's counter, which TCG shows its guests as theirs, where the host tells it.
+pub fn host_counter_khz() -> Option<u64> {
+    counter_khz(&fs::read_to_string("/proc/cpuinfo").ok()?)
+}
+
+/// What a host says that describes its processors like this. With `aperfmperf` it tells how fast its processor runs at
+/// the moment instead.
+fn counter_khz(cpuinfo: &str) -> Option<u64> {
+    let field = |name| cpuinfo.lines().find_map(|line| line.strip_prefix(name)?.trim_start().strip_prefix(':'));
+    if field("flags")?.split_whitespace().any(|flag| flag == "aperfmperf") {
+        return None;
+    }
+    let mhz: f64 = field("cpu MHz")?.trim().parse().ok()?;
+    Some((mhz * 1000.0).round() as u64)
 }
 
 fn common(console: bool) -> Vec<String> {
     let log: &[&str] = if console { &["console=ttyS0", "runvm.log=debug"] } else { &["quiet"] };
     COMMON.iter().chain(log).map(|&word| word.to_owned()).collect()
-}
-
-/// The host's clock rate in kHz, which TCG shows its guests as the TSC's; 0 where it is not known.
-fn processor_khz() -> u64 {
-    let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mhz = info.lines().find_map(|line| line.strip_prefix("cpu MHz")?.split(':').nth(1)?.trim().parse::<f64>().ok());
-    mhz.map_or(0, |mhz| (mhz * 1000.0) as u64)
 }
 
 #[cfg(test)]
@@ -60,12 +79,21 @@ mod tests {
             console: None,
             log: log::Options::default(),
         };
-        for parameters in [qemu(&machine), builtin(machine.console.is_some())] {
+        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
             assert!(parameters.contains("quiet") && !parameters.contains("console="), "{parameters}");
         }
         machine.console = Some("/tmp/console".into());
-        for parameters in [qemu(&machine), builtin(machine.console.is_some())] {
+        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
             assert!(parameters.contains("console=ttyS0") && !parameters.contains("quiet"), "{parameters}");
         }
+    }
+
+    #[test]
+    fn only_a_rate_that_stays_is_believed() {
+        let cpuinfo = "processor\t: 0\nmicrocode\t: 0x1\ncpu MHz\t\t: 2596.094\nflags\t\t: fpu tsc constant_tsc\n";
+        assert_eq!(counter_khz(cpuinfo), Some(2_596_094));
+        assert_eq!(counter_khz(&cpuinfo.replace("fpu", "aperfmperf")), None);
+        assert_eq!(counter_khz(&cpuinfo.replace("2596.094", "unknown")), None);
+        assert_eq!(counter_khz(""), None);
     }
 }
