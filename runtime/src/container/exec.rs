@@ -11,7 +11,6 @@ use rustix::process::setsid;
 use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result, sentence};
-use crate::host::process::ProcessIdentity;
 use crate::host::terminal::RawTerminal;
 use crate::monitor::{
     self, Globals, KILLED, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded,
@@ -99,16 +98,6 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
     }
     let status = launched.child.wait().map_err(Error::system("wait for the process"))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
-}
-
-/// The proxies of a container's execs that live.
-pub(super) fn proxies(container: &Container) -> Result<Vec<ProcessIdentity>> {
-    let entries = fs::read_dir(container.dir()).map_err(Error::file("read", container.dir()))?;
-    Ok(entries
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("exec-")?.parse().ok())
-        .filter_map(ProcessIdentity::of)
-        .filter(ProcessIdentity::alive)
-        .collect())
 }
 
 /// The process that is wanted, in full.

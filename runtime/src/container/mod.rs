@@ -104,7 +104,7 @@ pub fn host_pids(container: &Container) -> Result<Vec<u32>> {
     if let Some(monitor) = container.record.monitor.filter(|monitor| monitor.alive()) {
         pids.push(monitor.pid);
     }
-    pids.extend(exec::proxies(container)?.into_iter().map(|proxy| proxy.pid));
+    pids.extend(container.execs()?.into_iter().map(|exec| exec.pid));
     Ok(pids)
 }
 

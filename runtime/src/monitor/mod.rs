@@ -10,7 +10,7 @@ mod launch;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::process::setsid;
 
@@ -182,11 +182,24 @@ async fn run(
         },
         reason = sandbox.ended() => Err(SandboxError::Gone(reason).into()),
     };
-    // Engines expect of a container that its execs end before it does, and forget them otherwise.
-    if tokio::time::timeout(PARTING, tunnel.deserted()).await.is_err() {
+    if tokio::time::timeout(PARTING, let_part(&options.folder, &tunnel)).await.is_err() {
         tracing::info!("an exec's output is not read: the container ends without waiting for it");
     }
     end
+}
+
+/// Waits until all execs have ended: engines expect of a container that they do so before it does, and forget them
+/// otherwise.
+async fn let_part(folder: &Path, tunnel: &Tunnel) {
+    let execs = crate::state::execs(folder).unwrap_or_default();
+    tunnel.deserted().await;
+    let ended = tokio::task::spawn_blocking(move || {
+        execs.iter().for_each(|exec| {
+            // What cannot be waited for has ended, or does so in its own time.
+            let _ = exec.await_end(PARTING);
+        });
+    });
+    let _ = ended.await;
 }
 
 /// The relay holds copies of the stdio. The inherited descriptors must not keep a pipe open that the container's process
@@ -203,6 +216,6 @@ pub(crate) fn release_stdio() -> io::Result<()> {
 ///
 /// # Errors
 /// [`Error::Agent`] where its monitor does not answer.
-pub async fn connect(folder: &std::path::Path) -> Result<Agent> {
+pub async fn connect(folder: &Path) -> Result<Agent> {
     Ok(Agent::connect(std::sync::Arc::new(MonitorSocket::of(folder))).await?)
 }

@@ -244,6 +244,14 @@ impl Container {
         &self.dir
     }
 
+    /// The processes on the host that stand for its execs.
+    ///
+    /// # Errors
+    /// That of the file system.
+    pub fn execs(&self) -> Result<Vec<ProcessIdentity>, StateError> {
+        execs(&self.dir).map_err(io_error("read", &self.dir))
+    }
+
     /// Gives the lock back before the container is dropped.
     pub fn unlock(&mut self) {
         self.lock = None;
@@ -287,6 +295,16 @@ impl Container {
             _ => Ok(()),
         }
     }
+}
+
+/// The processes that stand for the execs of the container with this folder: each leaves its number there.
+///
+/// # Errors
+/// Those of reading the folder.
+pub fn execs(folder: &Path) -> io::Result<Vec<ProcessIdentity>> {
+    let entries = fs::read_dir(folder)?;
+    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("exec-")?.parse().ok());
+    Ok(numbers.filter_map(ProcessIdentity::of).filter(ProcessIdentity::alive).collect())
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
