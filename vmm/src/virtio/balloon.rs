@@ -104,7 +104,7 @@ fn field(config: &ConfigSpace, offset: usize) -> u32 {
 impl Balloon {
     /// An empty balloon in memory that is `backing` to the host.
     pub fn new(backing: Backing) -> Self {
-        let config = ConfigSpace::new(vec![0; CONFIG_SIZE]).with_writable(ACTUAL..CONFIG_SIZE);
+        let config = ConfigSpace::new(vec![0; CONFIG_SIZE]).with_writable(ACTUAL..CONFIG_SIZE).changing();
         Self { backing, config, interrupt: Arc::default(), complained: false }
     }
 

@@ -12,6 +12,8 @@ struct Space {
     bytes: Vec<u8>,
     /// What the guest may write.
     writable: Range<usize>,
+    /// Whether the device may change it.
+    changing: bool,
     /// Counts the device's changes, so that a driver can tell a torn read.
     generation: u32,
 }
@@ -27,6 +29,19 @@ impl ConfigSpace {
     pub fn with_writable(self, range: Range<usize>) -> Self {
         self.space().writable = range;
         self
+    }
+
+    /// Lets the device change it while a driver uses it. Interrupts of such a device cost more: see
+    /// [`super::transport::QUEUE_INTERRUPTS`].
+    #[must_use]
+    pub fn changing(self) -> Self {
+        self.space().changing = true;
+        self
+    }
+
+    /// Whether the device may change it.
+    pub fn is_changing(&self) -> bool {
+        self.space().changing
     }
 
     /// The guest's read: what lies beyond the end is zero.
@@ -48,9 +63,10 @@ impl ConfigSpace {
         }
     }
 
-    /// The device's own change. It has to raise [`super::Interrupt::config_changed`] afterwards.
+    /// The device's own change, of a space that is [`ConfigSpace::changing`]. It has to raise [`super::Interrupt::config_changed`] afterwards.
     pub fn update(&self, change: impl FnOnce(&mut [u8])) {
         let mut space = self.space();
+        debug_assert!(space.changing, "no driver would hear of it");
         change(&mut space.bytes);
         space.generation = space.generation.wrapping_add(1);
     }
@@ -76,7 +92,7 @@ mod tests {
 
     #[test]
     fn the_guest_reads_zeros_beyond_and_writes_only_what_it_may() {
-        let space = ConfigSpace::new(vec![1, 2, 3, 4]).with_writable(2..4);
+        let space = ConfigSpace::new(vec![1, 2, 3, 4]).with_writable(2..4).changing();
         let mut seen = [9; 4];
         space.read(2, &mut seen);
         assert_eq!(seen, [3, 4, 0, 0]);

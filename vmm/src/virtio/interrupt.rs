@@ -1,4 +1,7 @@
 //! A device's interrupt: a bit that says why, and a descriptor that KVM turns into the interrupt itself.
+//!
+//! Reading the bit and taking it back are two exits for each interrupt. A driver that has agreed to
+//! [`super::transport::QUEUE_INTERRUPTS`] looks at its queues instead, so for used buffers no bit is set.
 
 use std::io;
 use std::sync::Arc;
@@ -16,6 +19,8 @@ pub const CONFIG: u32 = 2;
 pub struct Interrupt {
     reasons: Arc<AtomicU32>,
     line: Arc<Event>,
+    /// Whether the driver expects a reason for used buffers, too.
+    explained: bool,
 }
 
 impl Interrupt {
@@ -24,7 +29,18 @@ impl Interrupt {
     /// # Errors
     /// Where there are no descriptors left.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { reasons: Arc::default(), line: Arc::new(Event::new()?) })
+        Ok(Self { reasons: Arc::default(), line: Arc::new(Event::new()?), explained: true })
+    }
+
+    /// The same line, of which the driver takes each interrupt for one of its queues'.
+    #[must_use]
+    pub fn unexplained(&self) -> Self {
+        Self { explained: false, ..self.clone() }
+    }
+
+    /// Whether used buffers are a reason of their own.
+    pub fn is_explained(&self) -> bool {
+        self.explained
     }
 
     /// The descriptor: a write is an interrupt.
@@ -34,7 +50,7 @@ impl Interrupt {
 
     /// Tells the driver that a queue has used buffers.
     pub fn queue_used(&self) {
-        self.raise(QUEUE);
+        self.raise(if self.explained { QUEUE } else { 0 });
     }
 
     /// Tells the driver that the configuration has changed.

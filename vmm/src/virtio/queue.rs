@@ -167,6 +167,25 @@ impl VirtQueue {
         Ok(())
     }
 
+    /// Tells the driver again of what was pushed before the machine was saved, if it may not have heard: an interrupt on
+    /// its way to the guest's interrupt controller is in nobody's saved state. Where interrupts have no reasons, by
+    /// which [`Interrupt::repeat`] knows, the driver's own note says what it has seen.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`].
+    pub fn notify_again(&self, memory: &Memory) -> Result<(), DeviceError> {
+        if self.interrupt.is_explained() || !self.queue.ready() {
+            return Ok(());
+        }
+        // No driver can be further behind than the queue is long.
+        let used = self.queue.next_used();
+        let oldest = used.wrapping_sub(self.queue.size());
+        if self.notification_wanted(memory, oldest, used).map_err(self.malformed())? {
+            self.interrupt.queue_used();
+        }
+        Ok(())
+    }
+
     /// Whether the driver wants to know that the used ring's index went from `old` to `new`: the specification's
     /// section 2.7.7.2. [`Queue::needs_notification`] counts the calls of `add_used`, which [`Self::push_all`] makes
     /// fewer of than it uses chains.

@@ -21,6 +21,14 @@ pub const SIZE: u64 = 0x1000;
 /// Where a driver writes the number of a queue that it has filled.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
+/// The feature by which a device says that its configuration never changes, and a driver that it takes each interrupt
+/// for its queues': then used buffers leave nothing in InterruptStatus that would have to be read and acknowledged.
+///
+/// Linux knows it by `kernel/patches/0004-virtio-mmio-look-at-the-queues-when-interrupted.patch`, of devices of our
+/// vendor's number. It is one of the bits that the specification keeps for later. A device that fails still sets its
+/// bit: the driver reads it when no queue has anything.
+pub const QUEUE_INTERRUPTS: u64 = 1 << 49;
+
 /// "virt", little endian.
 const MAGIC: u32 = 0x7472_6976;
 const VERSION: u32 = 2;
@@ -119,7 +127,9 @@ impl Transport {
         let queues = device.queue_sizes().iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>();
         let queues = queues.map_err(|_| TransportError::QueueSize(kind))?;
         let kicks = queues.iter().map(|_| Event::new()).collect::<io::Result<Vec<_>>>().map_err(setup)?;
-        let (config, offered) = (device.config(), device.features() | TRANSPORT_FEATURES);
+        let config = device.config();
+        let constant = if config.is_changing() { 0 } else { QUEUE_INTERRUPTS };
+        let offered = device.features() | TRANSPORT_FEATURES | constant;
         let interrupt = Interrupt::new().map_err(setup)?;
         let worker = Worker::spawn(device, confinement).map_err(setup)?;
         Ok(Self { kind, offered, worker, config, memory, interrupt, kicks, registers: Registers::default(), queues })
@@ -309,6 +319,9 @@ impl Transport {
         let poller = Poller::new()?;
         let kicks = self.kicks.iter().map(Event::try_clone).collect::<io::Result<Vec<_>>>()?;
         let memory = self.memory.clone();
+        let features = self.registers.driver_features;
+        let unexplained = features & QUEUE_INTERRUPTS != 0;
+        let interrupt = if unexplained { self.interrupt.unexplained() } else { self.interrupt.clone() };
         for queue in &mut self.queues {
             // One that lies outside the memory is as good as none; later accesses are checked one by one.
             if !queue.is_valid(&*memory) {
@@ -317,8 +330,8 @@ impl Transport {
         }
         let queues = std::mem::take(&mut self.queues).into_iter().zip(kicks).enumerate();
         let queues =
-            queues.map(|(index, (queue, kick))| VirtQueue::new(index, queue, kick, self.interrupt.clone())).collect();
-        Ok(Io { memory, queues, features: self.registers.driver_features, poller })
+            queues.map(|(index, (queue, kick))| VirtQueue::new(index, queue, kick, interrupt.clone())).collect();
+        Ok(Io { memory, queues, features, poller })
     }
 
     /// The device at rest: call [`Transport::rest`] first.
