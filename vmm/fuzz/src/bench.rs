@@ -1,6 +1,9 @@
 //! A device on the bench: between a guest and a host that do as the input says, in one thread.
 
+use std::sync::Arc;
+
 use arbitrary::{Result, Unstructured};
+use runvm_vmm::Event;
 use runvm_vmm::virtio::driver::serve;
 use runvm_vmm::virtio::{Device, Interrupt, Io};
 use virtio_queue::QueueState;
@@ -77,7 +80,7 @@ impl<S: Subject> Bench<S> {
         let mut subject = S::new(u)?;
         let device = subject.device();
         let guest = Guest::new();
-        let interrupt = Interrupt::new().expect("an event");
+        let interrupt = Interrupt::new(Arc::new(Event::new().expect("an event")));
         let io = io(guest.memory(), &interrupt, &[], 0);
         let mut bench = Self { device, io, serving: false, interrupt, subject, guest };
         bench.set_up(u)?;

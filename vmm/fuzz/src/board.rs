@@ -131,7 +131,8 @@ impl Board {
 
 #[expect(clippy::expect_used, reason = "a fuzzer ends where the host has no threads")]
 fn transport(kind: u8, guest: &Guest) -> Transport {
-    Transport::new(device(kind), guest.memory().clone(), Arc::new(|_| Ok(()))).expect("a device")
+    let line = Arc::new(Event::new().expect("an event"));
+    Transport::new(device(kind), guest.memory().clone(), line, Arc::new(|_| Ok(()))).expect("a device")
 }
 
 #[expect(clippy::expect_used, reason = "a fuzzer ends where the host has no descriptors")]

@@ -60,7 +60,7 @@ const OWNER: &[c_long] =
 /// A processor: a write to a register can start a device anew, with a poller of its own.
 const VCPU: &[c_long] = &[SYS_epoll_create1];
 
-/// Any device waits for descriptors.
+/// Any device waits for descriptors, and raises interrupts: [`KVM_IRQ_LINE`].
 const DEVICE: &[c_long] = &[SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_epoll_ctl];
 
 /// Streams: two that are moved by messages, and a third by which they come in.
@@ -158,6 +158,7 @@ pub(super) fn of(role: Role, allowed: &mut Allowed) -> Result<(), BackendError> 
         }
         Role::Device(kind) => {
             allowed.calls(DEVICE);
+            allowed.only(SYS_ioctl, [is(1, KVM_IRQ_LINE)])?;
             device(kind, allowed)
         }
     }
@@ -193,6 +194,7 @@ fn device(kind: Kind, allowed: &mut Allowed) -> Result<(), BackendError> {
 
 const KVM: u8 = kvm::KVMIO as u8;
 const KVM_RUN: u32 = opcode::none(KVM, 0x80);
+const KVM_IRQ_LINE: u32 = opcode::write::<kvm::kvm_irq_level>(KVM, 0x61);
 /// How processors and machines are read: Documentation/virt/kvm/api.rst.
 const SAVED_STATE: [u32; 14] = [
     opcode::none(KVM, 0x03), // KVM_CHECK_EXTENSION

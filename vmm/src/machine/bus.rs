@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_ioctls::VmFd;
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial};
 
 use crate::Event;
+use crate::virtio::Line;
 use crate::virtio::transport::{SIZE, Transport};
 
 /// Where the first device's registers are; the next follow.
@@ -22,14 +24,37 @@ const SERIAL_REGISTERS: u16 = 8;
 /// The serial port's interrupt.
 pub const SERIAL_INTERRUPT: u32 = 4;
 
+/// A pin of the guest's interrupt controller, of which each edge is an interrupt.
+///
+/// The device's thread raises it itself. An irqfd would have a worker of the host's kernel do it, which has to get its
+/// turn on a processor first, and an interrupt that is on its way to the worker is in nobody's saved state.
+#[derive(Debug)]
+pub struct Pin {
+    /// Whose.
+    pub vm: Arc<VmFd>,
+    /// Which.
+    pub number: u32,
+}
+
+impl Line for Pin {
+    fn raise(&self) {
+        // It stays high until the next time. As the guest may run in this thread's place as soon as it is high, nothing
+        // must be left to do then; and where two threads do this at once there is an edge after the later one's reason.
+        for level in [false, true] {
+            // It fails only where there is no such pin.
+            let _ = self.vm.set_irq_line(self.number, level);
+        }
+    }
+}
+
 /// A serial port that writes to a file.
-pub type Console = Serial<Line, NoEvents, File>;
+pub type Console = Serial<ConsoleLine, NoEvents, File>;
 
 /// The console's interrupt line.
 #[derive(Debug)]
-pub struct Line(pub Event);
+pub struct ConsoleLine(pub Event);
 
-impl Trigger for Line {
+impl Trigger for ConsoleLine {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {

@@ -22,7 +22,7 @@ use crate::confinement::Confinement;
 use crate::virtio::Device;
 use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
 use crate::{Event, Memory};
-use bus::{Bus, Console, DEVICES, FIRST_INTERRUPT, Line, MAX_DEVICES, SERIAL_INTERRUPT};
+use bus::{Bus, Console, ConsoleLine, DEVICES, FIRST_INTERRUPT, MAX_DEVICES, Pin, SERIAL_INTERRUPT};
 use memory::MemoryError;
 use snapshot::Saved;
 pub use snapshot::{PageMap, SnapshotError};
@@ -145,7 +145,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     ends: Receiver<End>,
     ended: Arc<Event>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: Memory,
     /// The numbers of its memory's constant blocks.
     constant: HashSet<u32>,
@@ -255,7 +255,7 @@ impl Machine {
 
 /// What a machine is assembled from, the same for one that boots and one that is restored.
 struct Parts {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     memory: Memory,
     vcpus: Vec<VcpuFd>,
     devices: Vec<Transport>,
@@ -278,7 +278,7 @@ impl Parts {
         if config.devices.len() > MAX_DEVICES {
             return Err(MachineError::Devices(config.devices.len()));
         }
-        let vm = config.kvm.create_vm().map_err(kvm("make a machine"))?;
+        let vm = Arc::new(config.kvm.create_vm().map_err(kvm("make a machine"))?);
         // Memory is first: with an interrupt controller there, each region would take milliseconds.
         for (slot, region) in (0..).zip(memory.iter()) {
             let region = kvm_userspace_memory_region {
@@ -301,7 +301,8 @@ impl Parts {
         let vcpus = vcpus.map_err(kvm("make a processor"))?;
         let mut devices = Vec::new();
         for (index, device) in config.devices.into_iter().enumerate() {
-            let device = Transport::new(device, memory.clone(), config.confinement.clone())?;
+            let pin = Pin { vm: vm.clone(), number: FIRST_INTERRUPT + index as u32 };
+            let device = Transport::new(device, memory.clone(), Arc::new(pin), config.confinement.clone())?;
             connect(&vm, index, &device).map_err(kvm("connect a device"))?;
             devices.push(device);
         }
@@ -340,7 +341,6 @@ fn describe(vcpu: &VcpuFd, supported: &CpuId, index: u32, vcpus: u32) -> Result<
 
 fn connect(vm: &VmFd, index: usize, device: &Transport) -> Result<(), kvm_ioctls::Error> {
     let registers = DEVICES + index as u64 * SIZE;
-    vm.register_irqfd(device.interrupt().line().for_kvm(), FIRST_INTERRUPT + index as u32)?;
     for (queue, kick) in (0u32..).zip(device.kicks()) {
         vm.register_ioevent(kick.for_kvm(), &IoEventAddress::Mmio(registers + QUEUE_NOTIFY), queue)?;
     }
@@ -350,7 +350,7 @@ fn connect(vm: &VmFd, index: usize, device: &Transport) -> Result<(), kvm_ioctls
 fn console(vm: &VmFd, file: File) -> Result<Console, MachineError> {
     let line = Event::new().map_err(|source| MachineError::Host { step: "make a console", source })?;
     vm.register_irqfd(line.for_kvm(), SERIAL_INTERRUPT).map_err(kvm("connect the console"))?;
-    Ok(Console::new(Line(line), file))
+    Ok(Console::new(ConsoleLine(line), file))
 }
 
 /// Tells a kernel where its devices are: Documentation/admin-guide/kernel-parameters.txt, `virtio_mmio.device`.

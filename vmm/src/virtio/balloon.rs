@@ -399,9 +399,9 @@ mod tests {
         control.set_target(7);
         balloon.start(&mut driver.io).unwrap();
         // It was set when there was nobody to be told.
-        assert!(driver.interrupt.line().clear());
+        assert!(driver.line.clear());
         control.set_target(1000);
-        assert!(driver.interrupt.line().clear());
+        assert!(driver.line.clear());
         assert_eq!(driver.interrupt.reasons(), 2);
         balloon.config().write(NUM_PAGES as u64, &[9; 4]);
         balloon.config().write(ACTUAL as u64, &600u32.to_le_bytes());
@@ -413,11 +413,11 @@ mod tests {
         let control = second.control();
         assert_eq!((control.target(), control.actual()), (1000, 600));
         second.start(&mut driver.io).unwrap();
-        assert!(driver.interrupt.line().clear());
+        assert!(driver.line.clear());
         control.set_target(600);
-        assert!(driver.interrupt.line().clear());
+        assert!(driver.line.clear());
         second.start(&mut driver.io).unwrap();
-        assert!(!driver.interrupt.line().clear());
+        assert!(!driver.line.clear());
 
         for damaged in [&saved[..7], &[&saved[..], &[0]].concat(), &[]] {
             assert!(matches!(second.restore(damaged), Err(DeviceError::State(_))), "{damaged:?}");

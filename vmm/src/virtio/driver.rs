@@ -1,5 +1,7 @@
 //! The guest's side of queues, for tests: puts requests into them as a driver does, without a guest.
 
+use std::sync::Arc;
+
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
@@ -74,6 +76,8 @@ pub struct Driver {
     pub io: Io,
     /// The device's interrupt.
     pub interrupt: Interrupt,
+    /// Where it goes.
+    pub line: Arc<Event>,
     queues: Vec<Ring>,
     buffer: u64,
 }
@@ -95,7 +99,8 @@ impl Driver {
 
     /// A driver in this memory, of which it uses the first [`MEMORY`] bytes.
     pub fn with_memory(device: &dyn Device, memory: Memory) -> Self {
-        let interrupt = Interrupt::new().expect("an event");
+        let line = Arc::new(Event::new().expect("an event"));
+        let interrupt = Interrupt::new(line.clone());
         let mut queues = Vec::new();
         let mut rings = Vec::new();
         for (index, &size) in device.queue_sizes().iter().enumerate() {
@@ -111,7 +116,7 @@ impl Driver {
         }
         let poller = Poller::new().expect("an epoll");
         let io = Io { memory, queues, features: device.features(), poller };
-        Self { io, interrupt, queues: rings, buffer: BUFFERS }
+        Self { io, interrupt, line, queues: rings, buffer: BUFFERS }
     }
 
     /// Puts a request into a queue. Its descriptors and buffers are never used again: a test has some megabytes of them.

@@ -1,9 +1,9 @@
-//! A device's interrupt: a bit that says why, and a descriptor that KVM turns into the interrupt itself.
+//! A device's interrupt: a bit that says why, and a line to the guest.
 //!
 //! Reading the bit and taking it back are two exits for each interrupt. A driver that has agreed to
 //! [`super::transport::QUEUE_INTERRUPTS`] looks at its queues instead, so for used buffers no bit is set.
 
-use std::io;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -14,38 +14,39 @@ pub const QUEUE: u32 = 1;
 /// The reason "the configuration has changed".
 pub const CONFIG: u32 = 2;
 
-/// An interrupt line. Clones are the same line.
+/// The way to the guest.
+pub trait Line: Debug + Send + Sync {
+    /// Interrupts it. Once this returns, the interrupt is in the state of the guest's interrupt controllers, which a
+    /// machine is saved with.
+    fn raise(&self);
+}
+
+/// For drivers that are no guests.
+impl Line for Event {
+    fn raise(&self) {
+        self.raise();
+    }
+}
+
+/// A device's interrupt. Clones are the same one.
 #[derive(Clone, Debug)]
 pub struct Interrupt {
     reasons: Arc<AtomicU32>,
-    line: Arc<Event>,
+    line: Arc<dyn Line>,
     /// Whether the driver expects a reason for used buffers, too.
     explained: bool,
 }
 
 impl Interrupt {
-    /// A line whose descriptor is still to be given to KVM.
-    ///
-    /// # Errors
-    /// Where there are no descriptors left.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { reasons: Arc::default(), line: Arc::new(Event::new()?), explained: true })
+    /// One on this line, for no reason yet.
+    pub fn new(line: Arc<dyn Line>) -> Self {
+        Self { reasons: Arc::default(), line, explained: true }
     }
 
-    /// The same line, of which the driver takes each interrupt for one of its queues'.
+    /// The same for a driver that takes each for one of its queues'.
     #[must_use]
     pub fn unexplained(&self) -> Self {
         Self { explained: false, ..self.clone() }
-    }
-
-    /// Whether used buffers are a reason of their own.
-    pub fn is_explained(&self) -> bool {
-        self.explained
-    }
-
-    /// The descriptor: a write is an interrupt.
-    pub fn line(&self) -> &Event {
-        &self.line
     }
 
     /// Tells the driver that a queue has used buffers.
@@ -71,14 +72,6 @@ impl Interrupt {
     /// Sets the reasons as they were when the machine was saved.
     pub fn restore(&self, reasons: u32) {
         self.reasons.store(reasons & (QUEUE | CONFIG), Ordering::Release);
-    }
-
-    /// Raises it again where the driver has not acknowledged it: on its way to the guest's interrupt controller it is in
-    /// nobody's saved state.
-    pub fn repeat(&self) {
-        if self.reasons() != 0 {
-            self.line.raise();
-        }
     }
 
     fn raise(&self, reason: u32) {

@@ -28,7 +28,7 @@ use thiserror::Error;
 
 use crate::Memory;
 pub use config::ConfigSpace;
-pub use interrupt::Interrupt;
+pub use interrupt::{Interrupt, Line};
 pub use poller::{Poller, Ready};
 pub use queue::{Chain, Served, VirtQueue};
 

@@ -167,25 +167,6 @@ impl VirtQueue {
         Ok(())
     }
 
-    /// Tells the driver again of what was pushed before the machine was saved, if it may not have heard: an interrupt on
-    /// its way to the guest's interrupt controller is in nobody's saved state. Where interrupts have no reasons, by
-    /// which [`Interrupt::repeat`] knows, the driver's own note says what it has seen.
-    ///
-    /// # Errors
-    /// [`DeviceError::Queue`].
-    pub fn notify_again(&self, memory: &Memory) -> Result<(), DeviceError> {
-        if self.interrupt.is_explained() || !self.queue.ready() {
-            return Ok(());
-        }
-        // No driver can be further behind than the queue is long.
-        let used = self.queue.next_used();
-        let oldest = used.wrapping_sub(self.queue.size());
-        if self.notification_wanted(memory, oldest, used).map_err(self.malformed())? {
-            self.interrupt.queue_used();
-        }
-        Ok(())
-    }
-
     /// Whether the driver wants to know that the used ring's index went from `old` to `new`: the specification's
     /// section 2.7.7.2. [`Queue::needs_notification`] counts the calls of `add_used`, which [`Self::push_all`] makes
     /// fewer of than it uses chains.
@@ -275,7 +256,7 @@ mod tests {
             assert!(queue.push_all(&memory, &bad.map(|head| (head, 1))).is_err());
         }
         queue.notify(&memory).unwrap();
-        assert!(!driver.interrupt.line().clear());
+        assert!(!driver.line.clear());
         assert_eq!(driver.used(0), None);
 
         let queue = &mut driver.io.queues[0];
@@ -283,7 +264,7 @@ mod tests {
         queue.push_all(&memory, &[(heads[0], 5), (heads[1], 6), (heads[2], 7)]).unwrap();
         queue.push(&memory, heads[3], 8).unwrap();
         queue.notify(&memory).unwrap();
-        assert!(driver.interrupt.line().clear());
+        assert!(driver.line.clear());
         for (head, written) in heads.into_iter().zip(5..) {
             assert_eq!(driver.used(0), Some((head, written)));
         }

@@ -69,7 +69,7 @@ mod tests {
             assert!(!seen.contains(&bytes));
             seen.push(bytes);
         }
-        assert!(driver.interrupt.line().clear());
+        assert!(driver.line.clear());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! specification's section 4.2.
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 use virtio_bindings::virtio_config::{
@@ -12,7 +13,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueState, QueueT as _};
 
 use super::worker::Worker;
-use super::{ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Poller, VirtQueue};
+use super::{ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Line, Poller, VirtQueue};
 use crate::confinement::Confinement;
 use crate::{Event, Memory};
 
@@ -117,11 +118,17 @@ struct QueueStateFields {
 }
 
 impl Transport {
-    /// Offers a device, whose thread is `confinement`'s first: [`Transport::ready`] tells when it has done its part.
+    /// Offers a device that interrupts by `line`, and whose thread is `confinement`'s first: [`Transport::ready`] tells
+    /// when it has done its part.
     ///
     /// # Errors
     /// [`TransportError`].
-    pub fn new(device: Box<dyn Device>, memory: Memory, confinement: Confinement) -> Result<Self, TransportError> {
+    pub fn new(
+        device: Box<dyn Device>,
+        memory: Memory,
+        line: Arc<dyn Line>,
+        confinement: Confinement,
+    ) -> Result<Self, TransportError> {
         let kind = device.kind();
         let setup = |error| TransportError::Setup(kind, error);
         let queues = device.queue_sizes().iter().map(|&size| Queue::new(size)).collect::<Result<Vec<_>, _>>();
@@ -130,7 +137,7 @@ impl Transport {
         let config = device.config();
         let constant = if config.is_changing() { 0 } else { QUEUE_INTERRUPTS };
         let offered = device.features() | TRANSPORT_FEATURES | constant;
-        let interrupt = Interrupt::new().map_err(setup)?;
+        let interrupt = Interrupt::new(line);
         let worker = Worker::spawn(device, confinement).map_err(setup)?;
         Ok(Self { kind, offered, worker, config, memory, interrupt, kicks, registers: Registers::default(), queues })
     }
@@ -146,11 +153,6 @@ impl Transport {
     /// The device's kind.
     pub fn kind(&self) -> Kind {
         self.kind
-    }
-
-    /// The line that KVM makes interrupts of.
-    pub fn interrupt(&self) -> &Interrupt {
-        &self.interrupt
     }
 
     /// For each queue what KVM writes when the queue's number is written to [`QUEUE_NOTIFY`].
@@ -303,7 +305,6 @@ impl Transport {
     /// Goes on after [`Transport::rest`] or [`Transport::restore`], if a driver has started the device.
     pub fn go_on(&mut self) {
         if self.registers.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && !self.queues.is_empty() {
-            self.interrupt.repeat();
             self.begin();
         }
     }

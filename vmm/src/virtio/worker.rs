@@ -139,9 +139,8 @@ fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event) -> Result<(), Devic
         io.poller
             .add(queue.kick_descriptor(), token, EventFlags::IN)
             .map_err(DeviceError::host("wait for the guest"))?;
-        // What was put into the queue before anybody listened, on either side.
+        // What was put into the queue before anybody listened.
         queue.kick();
-        queue.notify_again(&io.memory)?;
     }
     device.start(io)?;
     loop {
