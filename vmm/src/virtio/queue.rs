@@ -66,6 +66,20 @@ impl VirtQueue {
     pub fn drain_some(
         &mut self,
         memory: &Memory,
+        budget: u16,
+        serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        self.drain_untold(memory, budget, serve)?;
+        self.notify(memory)
+    }
+
+    /// [`VirtQueue::drain_some`] without a word to the driver.
+    ///
+    /// # Errors
+    /// Those of [`VirtQueue::drain`].
+    pub fn drain_untold(
+        &mut self,
+        memory: &Memory,
         mut budget: u16,
         mut serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
     ) -> Result<(), DeviceError> {
@@ -87,16 +101,15 @@ impl VirtQueue {
             }
             let more = self.queue.enable_notification(&**memory).map_err(self.malformed())?;
             if blocked || !more {
-                break;
+                return Ok(());
             }
             // Where there were none and now are some, our own notes to the driver may lie on its index and make it so,
             // time and again.
             if budget == 0 || budget == before {
                 self.kick();
-                break;
+                return Ok(());
             }
         }
-        self.notify(memory)
     }
 
     /// Takes the next chain; none where the queue is empty. Each has to be answered by [`VirtQueue::push`] or
@@ -159,12 +172,21 @@ impl VirtQueue {
     /// # Errors
     /// [`DeviceError::Queue`].
     pub fn notify(&mut self, memory: &Memory) -> Result<(), DeviceError> {
-        let used = self.queue.next_used();
-        let notified = mem::replace(&mut self.notified, used);
-        if used != notified && self.notification_wanted(memory, notified, used).map_err(self.malformed())? {
+        if self.take_notice(memory)? {
             self.interrupt.queue_used();
         }
         Ok(())
+    }
+
+    /// Whether the driver wants to know of what was pushed. Whoever asks has to tell it: an interrupt is for all of a
+    /// device's queues.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`].
+    pub fn take_notice(&mut self, memory: &Memory) -> Result<bool, DeviceError> {
+        let used = self.queue.next_used();
+        let notified = mem::replace(&mut self.notified, used);
+        Ok(used != notified && self.notification_wanted(memory, notified, used).map_err(self.malformed())?)
     }
 
     /// Whether the driver wants to know that the used ring's index went from `old` to `new`: the specification's

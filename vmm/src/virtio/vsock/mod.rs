@@ -255,7 +255,7 @@ impl Vsock {
                 if queue.want_kicks(memory, true)? {
                     continue;
                 }
-                return queue.notify(memory);
+                return Ok(());
             };
             let head = chain.head_index();
             let written = match Buffer::writable(memory, chain) {
@@ -267,13 +267,24 @@ impl Vsock {
                 Some(written) => queue.push(memory, head, written)?,
                 None => {
                     queue.put_back();
-                    return queue.notify(memory);
+                    return Ok(());
                 }
             }
         }
         // Others have their turn first.
         queue.kick();
-        queue.notify(memory)
+        Ok(())
+    }
+
+    /// Tells the guest of packets for it, and of its own that have left: with one interrupt for both, but at once. Whoever
+    /// waits there for room in a socket is woken only when Linux knows that most of what was sent by it has left.
+    fn tell(io: &mut Io) -> Result<(), DeviceError> {
+        let Io { memory, queues, .. } = io;
+        let (received, sent) = (queues[RX].take_notice(memory)?, queues[TX].take_notice(memory)?);
+        if received || sent {
+            queues[RX].interrupt().queue_used();
+        }
+        Ok(())
     }
 
     /// Makes the next packet for the guest; how long it is.
@@ -360,7 +371,7 @@ impl Device for Vsock {
         match queue {
             TX => {
                 let Io { memory, queues, poller, .. } = io;
-                queues[TX].drain(memory, |chain| {
+                queues[TX].drain_untold(memory, QUEUE_SIZE, |chain| {
                     self.take(memory, chain, poller)?;
                     Ok(Served::Done(0))
                 })?;
@@ -368,7 +379,8 @@ impl Device for Vsock {
             EVENT => self.announce_reset(io)?,
             _ => {}
         }
-        self.fill(io)
+        self.fill(io)?;
+        Self::tell(io)
     }
 
     fn descriptor_ready(&mut self, io: &mut Io, ready: Ready) -> Result<(), DeviceError> {
@@ -380,7 +392,8 @@ impl Device for Vsock {
             entry.connection.stream_ready(ready.flags);
             self.tend(port, &io.poller)?;
         }
-        self.fill(io)
+        self.fill(io)?;
+        Self::tell(io)
     }
 
     fn reset(&mut self) {
