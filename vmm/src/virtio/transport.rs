@@ -25,7 +25,7 @@ pub const QUEUE_NOTIFY: u64 = 0x50;
 /// The feature by which a device says that its configuration never changes, and a driver that it takes each interrupt
 /// for its queues': then used buffers leave nothing in InterruptStatus that would have to be read and acknowledged.
 ///
-/// Linux knows it by `kernel/patches/0004-virtio-mmio-look-at-the-queues-when-interrupted.patch`, of devices of our
+/// Linux knows it by `kernel/patches/0005-virtio-mmio-look-at-the-queues-when-interrupted.patch`, of devices of our
 /// vendor's number. It is one of the bits that the specification keeps for later. A device that fails still sets its
 /// bit: the driver reads it when no queue has anything.
 pub const QUEUE_INTERRUPTS: u64 = 1 << 49;
