@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::RebootCommand;
+use rustix::thread::{CpuSet, sched_setaffinity};
 use tracing::level_filters::LevelFilter;
 
 use crate::container;
@@ -91,6 +92,21 @@ pub(crate) fn grant() -> Result<(), BootError> {
     setrlimit(Resource::Nofile, limit).map_err(|errno| failed("raise the limit of open files")(errno.into()))?;
     setrlimit(Resource::Nproc, Rlimit { current: None, maximum: None })
         .map_err(|errno| failed("raise the limit of processes")(errno.into()))
+}
+
+/// Keeps the agent, and all that it does for a container, on the processor that the devices' interrupts go to: waking
+/// another costs more than there is to do, above all where the host has no more processors than its guests.
+pub(crate) fn stay_on_one_processor() -> Result<(), BootError> {
+    let mut one = CpuSet::new();
+    one.set(0);
+    sched_setaffinity(None, &one).map_err(|errno| failed("stay on one processor")(errno.into()))
+}
+
+/// Lets the calling process run on all processors again.
+pub(crate) fn use_all_processors() -> rustix::io::Result<()> {
+    let mut all = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|processor| all.set(processor));
+    sched_setaffinity(None, &all)
 }
 
 /// Ends the guest. A VMM run for one boot sees a reboot as its end.

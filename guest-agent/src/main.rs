@@ -55,6 +55,7 @@ fn boot() -> Result<Infallible, Box<dyn Error>> {
     log::init(parameters.log_level);
     log::stage("agent main");
     boot::grant()?;
+    boot::stay_on_one_processor()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let reaper = Reaper::default();

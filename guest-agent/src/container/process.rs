@@ -21,6 +21,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
 use super::program::describe;
+use crate::boot;
 use crate::stdio::ChildEnds;
 
 /// The longest sentence that is taken from a process on its way.
@@ -73,6 +74,8 @@ pub(super) fn connect(stdio: &Stdio, console: BorrowedFd<'_>, process: &Process,
 
 /// Takes the process to its working directory, and makes it its user's, with no more than that user may.
 pub(super) fn settle(process: &Process, filter: Option<&LinuxSeccomp>) -> Result<(), String> {
+    // Before the filter, which may forbid it.
+    boot::use_all_processors().map_err(failed("use all processors"))?;
     let unprivileged_filter = process.no_new_privileges().unwrap_or_default();
     if unprivileged_filter {
         rustix::thread::set_no_new_privs(true).map_err(failed("set process.noNewPrivileges"))?;
