@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use runvm_protocol::agent;
@@ -14,6 +15,9 @@ use crate::{log, network};
 
 /// As much as the kernel's pool takes in.
 const MAX_ENTROPY: usize = 512;
+
+/// How far ahead the share's files are read: each request is a round to the host, which has them in memory.
+const READ_AHEAD_KB: &str = "512";
 
 /// Prepares the guest for its containers.
 pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Result<(), RequestError> {
@@ -74,5 +78,8 @@ fn mount_share(share: &agent::Share) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the mount point is not absolute"));
     }
     std::fs::create_dir_all(target)?;
-    Ok(mount(share.tag.as_str(), target, "virtiofs", MountFlags::empty(), None)?)
+    mount(share.tag.as_str(), target, "virtiofs", MountFlags::empty(), None)?;
+    let device = std::fs::metadata(target)?.dev();
+    let settings = format!("/sys/class/bdi/{}:{}", libc::major(device), libc::minor(device));
+    std::fs::write(format!("{settings}/read_ahead_kb"), READ_AHEAD_KB)
 }
