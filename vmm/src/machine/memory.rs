@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
-use std::thread;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -53,6 +54,16 @@ impl Block {
         let (region, start) = memory.to_region_addr(self.address())?;
         let length = BLOCK.min(region.len() - start.0);
         region.get_slice(start, length as usize).ok()
+    }
+
+    fn bring(
+        self,
+        memory: &Memory,
+        file: &File,
+        how: fn(&VolatileSlice, &File, i64) -> io::Result<()>,
+    ) -> Result<(), MemoryError> {
+        let part = self.of(memory).ok_or(MemoryError::Block(self.index))?;
+        how(&part, file, self.offset() as i64).map_err(MemoryError::File)
     }
 }
 
@@ -105,29 +116,73 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     assemble(regions)
 }
 
-/// Memory that begins as these blocks of `file`, and never writes to it. A constant block is the file's, and with it
-/// every other machine's, until it is written to all the same. The others are copied: a large page at once is quicker
-/// than many of its small ones whenever the guest comes to one.
+/// Memory that begins as these blocks of `file`, and never writes to it; it is there once the [`Filling`] is complete. A
+/// constant block is the file's, and with it every other machine's, until it is written to all the same. The others are
+/// copied: a large page at once is quicker than many of its small ones whenever the guest comes to one.
 ///
 /// # Errors
 /// [`MemoryError`].
-pub fn from_file(size: u64, file: &File, blocks: &[Block]) -> Result<Memory, MemoryError> {
+pub fn from_file(size: u64, file: &File, blocks: &[Block]) -> Result<(Memory, Filling), MemoryError> {
     let memory = anonymous(size, true)?;
-    let (constant, others): (Vec<_>, Vec<_>) = blocks.iter().partition(|block| block.constant);
-    let each = |blocks: &[Block], bring: fn(&VolatileSlice, &File, i64) -> io::Result<()>| {
-        blocks.iter().try_for_each(|block| {
-            let part = block.of(&memory).ok_or(MemoryError::Block(block.index))?;
-            bring(&part, file, block.offset() as i64).map_err(MemoryError::File)
-        })
-    };
-    each(&constant, lay_over)?;
-    let (one_half, other_half) = others.split_at(others.len() / 2);
-    thread::scope(|scope| {
-        let helper = scope.spawn(|| each(one_half, copy));
-        each(other_half, copy)?;
-        helper.join().unwrap_or_else(|_| Err(MemoryError::File(io::ErrorKind::Interrupted.into())))
-    })?;
-    Ok(memory)
+    let file = file.try_clone().map_err(MemoryError::File)?;
+    let (constant, copied): (Vec<_>, Vec<_>) = blocks.iter().copied().partition(|block| block.constant);
+    constant.into_iter().try_for_each(|block| block.bring(&memory, &file, lay_over))?;
+    let work = Arc::new(Work { memory: memory.clone(), file, blocks: copied, next: AtomicUsize::new(0) });
+    let helper = thread::Builder::new().spawn({
+        let work = work.clone();
+        move || work.take_part()
+    });
+    Ok((memory, Filling { work, helper: Some(helper.map_err(MemoryError::File)?) }))
+}
+
+/// The copying of a file into memory, by a thread of its own and who waits for it.
+#[derive(Debug)]
+pub struct Filling {
+    work: Arc<Work>,
+    helper: Option<JoinHandle<Result<(), MemoryError>>>,
+}
+
+impl Filling {
+    /// Takes part in it until all is there.
+    ///
+    /// # Errors
+    /// [`MemoryError::File`], [`MemoryError::Block`].
+    pub fn complete(mut self) -> Result<(), MemoryError> {
+        self.work.take_part()?;
+        match self.helper.take().map(JoinHandle::join) {
+            Some(Err(_)) => Err(MemoryError::File(io::ErrorKind::Interrupted.into())),
+            Some(Ok(result)) => result,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Filling {
+    /// Nothing is copied any more when it is gone.
+    fn drop(&mut self) {
+        self.work.next.store(usize::MAX / 2, Ordering::Relaxed);
+        if let Some(helper) = self.helper.take() {
+            // What it has to say interests nobody now.
+            let _ = helper.join();
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Work {
+    memory: Memory,
+    file: File,
+    blocks: Vec<Block>,
+    next: AtomicUsize,
+}
+
+impl Work {
+    fn take_part(&self) -> Result<(), MemoryError> {
+        while let Some(block) = self.blocks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            block.bring(&self.memory, &self.file, copy)?;
+        }
+        Ok(())
+    }
 }
 
 /// How much memory there is, in bytes.
@@ -200,17 +255,21 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; 5 << 20]).unwrap();
         let blocks = [(0, true), (2, false)].map(|(index, constant)| Block { index, constant });
-        let memory = || from_file(5 << 20, &file, &blocks).unwrap();
-        let (one, other) = (memory(), memory());
+        let filled = |size: u64, blocks: &[Block]| {
+            let (memory, filling) = from_file(size, &file, blocks)?;
+            filling.complete().map(|()| memory)
+        };
+        let (one, other) = (filled(5 << 20, &blocks).unwrap(), filled(5 << 20, &blocks).unwrap());
         let read = |memory: &Memory, address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
         for (address, value) in [(0, 1), ((2 << 20) - 1, 1), (2 << 20, 0), ((4 << 20) - 1, 0), ((5 << 20) - 1, 1)] {
             assert_eq!(read(&one, address), value, "at {address:#x}");
             one.write_obj(value + 1, GuestAddress(address)).unwrap();
             assert_eq!((read(&one, address), read(&other, address)), (value + 1, value), "at {address:#x}");
         }
-        assert!(from_file(2 << 20, &file, &blocks).is_err(), "it has no third block");
+        assert!(matches!(filled(2 << 20, &blocks), Err(MemoryError::Block(2))));
         file.set_len(4 << 20).unwrap();
-        assert!(matches!(from_file(5 << 20, &file, &blocks), Err(MemoryError::File(_))));
+        assert!(matches!(filled(5 << 20, &blocks), Err(MemoryError::File(_))));
+        drop(from_file(5 << 20, &file, &blocks).unwrap());
     }
 
     #[test]

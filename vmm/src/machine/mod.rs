@@ -219,7 +219,7 @@ impl Machine {
             return mismatch("devices");
         }
         let vcpu_count = config.vcpus;
-        let memory = snapshot::map_memory(saved.memory, &saved.blocks, memory)?;
+        let (memory, filling) = snapshot::read_memory(saved.memory, &saved.blocks, memory)?;
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
@@ -231,6 +231,7 @@ impl Machine {
             }
             x86::state::restore_vcpu(&parts.vm, vcpu, state)?;
         }
+        snapshot::await_memory(filling)?;
         for (device, saved) in parts.devices.iter_mut().zip(saved.devices) {
             device.restore(saved)?;
         }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
-use super::memory::{BLOCK, Block};
+use super::memory::{BLOCK, Block, Filling};
 use super::x86::state::{VcpuState, VmState};
 use super::{Flavour, MAX_VCPUS, memory};
 use crate::Memory;
@@ -26,6 +26,8 @@ const VERSION: u32 = 2;
 const HEADER: usize = 24;
 /// No machine has more beside its memory.
 const MAX_BODY: u64 = 256 << 20;
+
+const NO_MEMORY: &str = "its memory cannot be had";
 
 const PAGE: usize = 4096;
 const ZERO: [u8; PAGE] = [0; PAGE];
@@ -178,8 +180,8 @@ fn write_blocks(memory: &Memory, constant: &HashSet<u32>, pages: &PageMap, file:
     Ok(written)
 }
 
-/// Opens the memory of a snapshot for a clone.
-pub(super) fn map_memory(size: u64, blocks: &[Block], file: &File) -> Result<Memory, SnapshotError> {
+/// The memory of a snapshot for a clone, which is there once the filling is complete.
+pub(super) fn read_memory(size: u64, blocks: &[Block], file: &File) -> Result<(Memory, Filling), SnapshotError> {
     let length = file.metadata().map_err(failed("read the guest's memory"))?.len();
     if length != size {
         return Err(SnapshotError::Damaged("its memory has another length"));
@@ -187,7 +189,12 @@ pub(super) fn map_memory(size: u64, blocks: &[Block], file: &File) -> Result<Mem
     if !blocks.is_sorted_by(|one, next| one.index < next.index) {
         return Err(SnapshotError::Damaged("its memory is not in order"));
     }
-    memory::from_file(size, file, blocks).map_err(|_| SnapshotError::Damaged("its memory cannot be had"))
+    memory::from_file(size, file, blocks).map_err(|_| SnapshotError::Damaged(NO_MEMORY))
+}
+
+/// That its memory is there.
+pub(super) fn await_memory(filling: Filling) -> Result<(), SnapshotError> {
+    filling.complete().map_err(|_| SnapshotError::Damaged(NO_MEMORY))
 }
 
 /// What this process has ever touched of its memory: `/proc/self/pagemap`. It is open only while it is needed, as it can
@@ -242,19 +249,23 @@ mod tests {
         let (file, blocks) = write(&memory, &HashSet::from([0, 7]));
         assert_eq!(blocks, [(0, true), (7, true), (31, false)].map(|(index, constant)| Block { index, constant }));
         assert!(file.metadata().unwrap().blocks() * 512 <= 3 * BLOCK + (64 << 10));
-        let again = map_memory(64 << 20, &blocks, &file).unwrap();
+        let read = |blocks: &[Block], file: &File| {
+            let (memory, filling) = read_memory(64 << 20, blocks, file)?;
+            await_memory(filling).map(|()| memory)
+        };
+        let again = read(&blocks, &file).unwrap();
         for (value, place) in (1u8..).zip(places) {
             assert_eq!(again.read_obj::<u8>(GuestAddress(place)).unwrap(), value);
         }
         again.write_obj(9u8, GuestAddress(12_345)).unwrap();
         let (second, blocks) = write(&again, &HashSet::from([0, 7]));
-        let third = map_memory(64 << 20, &blocks, &second).unwrap();
+        let third = read(&blocks, &second).unwrap();
         assert_eq!(third.read_obj::<u8>(GuestAddress(12_345)).unwrap(), 9);
         assert_eq!(third.read_obj::<u8>(GuestAddress(4096)).unwrap(), 3);
         let twice = [blocks[0], blocks[0]];
-        assert!(matches!(map_memory(64 << 20, &twice, &second), Err(SnapshotError::Damaged(_))));
+        assert!(matches!(read(&twice, &second), Err(SnapshotError::Damaged(_))));
         file.set_len(1 << 20).unwrap();
-        assert!(matches!(map_memory(64 << 20, &blocks, &file), Err(SnapshotError::Damaged(_))));
+        assert!(matches!(read(&blocks, &file), Err(SnapshotError::Damaged(_))));
     }
 
     #[test]
