@@ -9,7 +9,7 @@ use crate::container::{Changes, Create, Exec, ProcessSource};
 use crate::error::{Error, Result};
 use crate::log::{self, Format};
 use crate::monitor::{Globals, Options};
-use crate::vmm;
+use crate::vmm::{self, Configuration, ConfigurationError};
 
 const ROOT: &str = "/run/runvm";
 
@@ -44,22 +44,35 @@ pub struct Cli {
     /// Accepted for runc's sake; runvm needs root.
     #[arg(long, value_name = "WHEN", default_value = "auto", num_args = 0..=1, default_missing_value = "true")]
     rootless: String,
+    /// File that the options below are taken from where they are not given [default: /etc/runvm/config.toml].
+    #[arg(long, value_name = "FILE", env = "RUNVM_CONFIG")]
+    config: Option<PathBuf>,
     #[command(flatten)]
-    vm: vmm::Options,
+    vm: vmm::Arguments,
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,
 }
 
 impl Cli {
-    /// The options that come before the verb.
-    pub fn globals(&self) -> Globals {
-        Globals {
+    /// The options that come before the verb. Only for a verb that makes a machine the configuration is read: who has a
+    /// mistake in it can still stop what runs.
+    ///
+    /// # Errors
+    /// [`ConfigurationError`].
+    pub fn globals(&self) -> std::result::Result<Globals, ConfigurationError> {
+        let configuration = match self.verb {
+            Verb::Create(_) | Verb::Run(_) | Verb::Check { .. } | Verb::Template { .. } => {
+                Configuration::load(self.config.as_deref())?
+            }
+            _ => Configuration::default(),
+        };
+        Ok(Globals {
             root: self.root.clone(),
             log: log::Options { file: self.log.clone(), format: self.log_format, debug: self.debug },
-            vm: self.vm.clone(),
+            vm: self.vm.clone().complete(configuration),
             guest_console: self.guest_console.clone(),
-        }
+        })
     }
 }
 

@@ -34,7 +34,13 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { FAILURE.into() } else { ExitCode::SUCCESS };
         }
     };
-    let globals = cli.globals();
+    let globals = match cli.globals() {
+        Ok(globals) => globals,
+        Err(error) => {
+            eprintln!("runvm: {}", sentence(&error));
+            return FAILURE.into();
+        }
+    };
     if let Err(error) = log::init(&globals.log) {
         let path = globals.log.file.unwrap_or_default();
         eprintln!("runvm: cannot open --log {}: {error}", path.display());

@@ -12,13 +12,15 @@ use std::io;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use serde::Deserialize;
 use thiserror::Error;
 
 pub use shape::{FileIdentity, Shape};
 pub use store::{Draft, Files, MAX_TOTAL, Store, Template};
 
 /// Whether machines are forked from templates.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Use {
     /// Where there is one; else the machine boots, and becomes one.
     #[default]

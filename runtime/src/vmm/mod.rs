@@ -5,6 +5,7 @@
 
 pub mod assets;
 pub mod builtin;
+mod configuration;
 mod options;
 mod parameters;
 pub mod probe;
@@ -27,7 +28,8 @@ use crate::log;
 use crate::share::{self, Export, ShareError};
 use crate::template::TemplateError;
 pub use builtin::Builtin;
-pub use options::Options;
+pub use configuration::{Configuration, ConfigurationError};
+pub use options::{Arguments, Options};
 use probe::Accelerator;
 pub use qemu::Qemu;
 

@@ -1,11 +1,14 @@
-//! What the user may say of the VM: options of the command line, handed down to the processes that follow.
+//! What the user may say of the VM: on the command line, in the environment, or in the configuration. It is handed down
+//! to the processes that follow.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 use clap::{Args, ValueEnum};
+use serde::Deserialize;
 
 use super::assets::Assets;
+use super::configuration::Configuration;
 use super::probe::{self, Accelerator};
 use super::{Builtin, Qemu, Vmm};
 use crate::template::{self, Store};
@@ -13,25 +16,51 @@ use crate::template::{self, Store};
 /// Where templates are kept.
 const TEMPLATES: &str = "/var/cache/runvm/templates";
 
-/// The options.
+/// What the command line and the environment say. What they do not, the configuration does.
 #[derive(Args, Clone, Debug, Default)]
+pub struct Arguments {
+    /// What runs the guests: KVM where it is usable, only KVM, or QEMU's translator [default: auto].
+    #[arg(long, value_enum, env = "RUNVM_ACCEL", value_name = "ACCELERATOR")]
+    accel: Option<probe::Wanted>,
+    /// The VMM: the built-in one where KVM is usable and QEMU where not, or always one of them [default: auto].
+    #[arg(long, value_enum, env = "RUNVM_VMM", value_name = "VMM")]
+    vmm: Option<Wanted>,
+    /// Fork machines from templates where there are some, never, or only [default: auto].
+    #[arg(long, value_enum, env = "RUNVM_TEMPLATE", value_name = "WHEN")]
+    template: Option<template::Use>,
+    /// Folder of the templates [default: /var/cache/runvm/templates].
+    #[arg(long, env = "RUNVM_TEMPLATE_DIR", value_name = "DIR")]
+    template_dir: Option<PathBuf>,
+}
+
+impl Arguments {
+    /// The options, with the configuration's and our own word for what is not said.
+    pub fn complete(self, configuration: Configuration) -> Options {
+        Options {
+            accelerator: self.accel.or(configuration.accel).unwrap_or_default(),
+            vmm: self.vmm.or(configuration.vmm).unwrap_or_default(),
+            templates: self.template.or(configuration.template).unwrap_or_default(),
+            template_dir: self.template_dir.or(configuration.template_dir).unwrap_or_else(|| TEMPLATES.into()),
+        }
+    }
+}
+
+/// What holds for the VM.
+#[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// What runs the guests: KVM where it is usable, only KVM, or QEMU's translator.
-    #[arg(long = "accel", value_enum, default_value = "auto", env = "RUNVM_ACCEL", value_name = "ACCELERATOR")]
+    /// What runs the guests.
     pub accelerator: probe::Wanted,
-    /// The VMM: the built-in one where KVM is usable and QEMU where not, or always one of them.
-    #[arg(long, value_enum, default_value = "auto", env = "RUNVM_VMM", value_name = "VMM")]
+    /// The VMM.
     pub vmm: Wanted,
-    /// Fork machines from templates where there are some, never, or only.
-    #[arg(long = "template", value_enum, default_value = "auto", env = "RUNVM_TEMPLATE", value_name = "WHEN")]
+    /// Whether machines are forked.
     pub templates: template::Use,
     /// Folder of the templates.
-    #[arg(long, default_value = TEMPLATES, env = "RUNVM_TEMPLATE_DIR", value_name = "DIR")]
     pub template_dir: PathBuf,
 }
 
 /// Which VMM the user asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Wanted {
     /// The built-in one where KVM is usable, else QEMU.
     #[default]

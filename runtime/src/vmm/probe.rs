@@ -54,7 +54,8 @@ impl fmt::Display for Accelerator {
 }
 
 /// What the user asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Wanted {
     /// KVM where it is usable, else TCG.
     #[default]

@@ -24,6 +24,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
     let mut cases = vec![
         case!(the_second_is_forked),
         case!(off_neither_makes_nor_uses_any),
+        case!(the_configuration_says_so),
         case!(require_wants_one),
         case!(list_create_and_remove),
         case!(prune_removes_what_is_of_no_use),
@@ -185,6 +186,27 @@ fn off_neither_makes_nor_uses_any(h: &Hand) -> Result<Outcome> {
         for ran in [&without, &templates.run_as(&bundle, off)?] {
             expect_equal("forked, booted, template made", ran.beginning(), (false, true, false))?;
         }
+    }
+    Ok(Outcome::new().see_output("run", &without.output))
+}
+
+fn the_configuration_says_so(h: &Hand) -> Result<Outcome> {
+    let templates = Templates::of(h);
+    let bundle = h.bundle("echo ran")?;
+    let file = bundle.path.with_extension("toml");
+    let configured = |text: &str| {
+        fs::write(&file, text)?;
+        templates.run_as(&bundle, |cmd| cmd.env("RUNVM_CONFIG", &file))
+    };
+    let without = configured("template = \"off\"\n")?;
+    if templates.asked() {
+        expect_equal("forked, booted, template made", without.beginning(), (false, true, false))?;
+        let run = || bundle.call("run").args(["--bundle".as_ref(), bundle.path.as_os_str()]);
+        fs::write(&file, "templates = \"off\"\n")?;
+        let words = ["runvm: the configuration", "has a mistake: unknown field `templates`"];
+        refuse_cmd(h, run().env("RUNVM_CONFIG", &file), &words, Some(&bundle))?;
+        let listed = h.call("list").env("RUNVM_CONFIG", &file).run()?;
+        expect_equal("exit code of a verb that needs no configuration", listed.code, 0)?;
     }
     Ok(Outcome::new().see_output("run", &without.output))
 }
