@@ -1,29 +1,18 @@
 #!/bin/bash
 # Builds the guest's initramfs: build.sh OUT makes OUT/initramfs.cpio.
 #
-# It needs cargo, gcc, cpio and libseccomp-dev (Debian's names), and takes nothing from the network but crates.
+# It needs cargo, gcc, cpio, libseccomp-dev and libcap-ng-dev (Debian's names), and takes nothing from the network but
+# crates.
 set -euo pipefail
 
 out=$(realpath -m "${1:?usage: build.sh OUT}")
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-triple=$(uname -m)-unknown-linux-gnu
-libraries=/usr/lib/$(uname -m)-linux-gnu
-# A target folder and a target triple of its own keep +crt-static away from build scripts and the other crates.
-target=${CARGO_TARGET_DIR:-../target}/agent
-
-if [[ ! -e $libraries/libseccomp.a ]]; then
-    echo "build.sh: $libraries/libseccomp.a is missing: install libseccomp-dev" >&2
-    exit 1
-fi
-
-RUSTFLAGS="-C target-feature=+crt-static" \
-LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$libraries \
-    cargo build --profile agent --locked --package runvm-agent --target "$triple" --target-dir "$target"
+program=$(../packaging/cargo-static.sh agent runvm-agent)
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-install -D "$target/$triple/agent/runvm-agent" "$root/init"
+install -D "$program" "$root/init"
 mkdir -p "$root"/{dev,proc,root,run,sys}
 mknod -m 600 "$root/dev/console" c 5 1
 # The same input makes the same archive, byte by byte.

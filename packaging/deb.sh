@@ -34,7 +34,6 @@ Architecture: amd64
 Maintainer: runvm's authors <runvm@localhost>
 Section: admin
 Priority: optional
-Depends: $(dependencies)
 Recommends: qemu-system-x86
 Installed-Size: $(du -sk "$root/usr" | cut -f 1)
 Description: OCI container runtime that gives every container a virtual machine
@@ -42,18 +41,6 @@ Description: OCI container runtime that gives every container a virtual machine
  small virtual machine of its own, under Docker, under containerd and by hand.
  It uses KVM where that works, and QEMU's translator elsewhere.
 END
-}
-
-# The packages of the libraries that the program is linked with, and the C
-# library at least as new as the newest of its symbols that is used.
-dependencies() {
-    local libc
-    libc=$(objdump --dynamic-syms "$program" | grep -o 'GLIBC_[0-9.]*' | sort --version-sort | tail -n 1)
-    objdump --private-headers "$program" | awk '$1 == "NEEDED" { print $2 }' |
-        while read -r library; do
-            dpkg-query --search "*/$library" | cut -d : -f 1
-        done |
-        sort --unique | sed "s/^libc6\$/libc6 (>= ${libc#GLIBC_})/" | paste --serial --delimiters=, | sed 's/,/, /g'
 }
 
 main
