@@ -15,6 +15,7 @@ use crate::host::hooks::HookError;
 use crate::sandbox::SandboxError;
 use crate::state::{StateError, Status};
 use crate::template::TemplateError;
+use crate::vmm::ConfigurationError;
 use crate::vmm::probe::NoKvm;
 
 /// Why a command failed.
@@ -41,6 +42,9 @@ pub enum Error {
     /// About a hook.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// About the configuration.
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
     /// KVM was demanded and is not there.
     #[error(transparent)]
     NoKvm(#[from] NoKvm),

@@ -55,6 +55,11 @@ pub struct Cli {
 }
 
 impl Cli {
+    /// How is logged.
+    pub fn log(&self) -> log::Options {
+        log::Options { file: self.log.clone(), format: self.log_format, debug: self.debug }
+    }
+
     /// The options that come before the verb. Only for a verb that makes a machine the configuration is read: who has a
     /// mistake in it can still stop what runs.
     ///
@@ -69,7 +74,7 @@ impl Cli {
         };
         Ok(Globals {
             root: self.root.clone(),
-            log: log::Options { file: self.log.clone(), format: self.log_format, debug: self.debug },
+            log: self.log(),
             vm: self.vm.clone().complete(configuration),
             guest_console: self.guest_console.clone(),
         })

@@ -34,24 +34,19 @@ pub fn main() -> ExitCode {
             return if error.use_stderr() { FAILURE.into() } else { ExitCode::SUCCESS };
         }
     };
-    let globals = match cli.globals() {
-        Ok(globals) => globals,
-        Err(error) => {
-            eprintln!("runvm: {}", sentence(&error));
-            return FAILURE.into();
-        }
-    };
-    if let Err(error) = log::init(&globals.log) {
-        let path = globals.log.file.unwrap_or_default();
+    let log = cli.log();
+    if let Err(error) = log::init(&log) {
+        let path = log.file.unwrap_or_default();
         eprintln!("runvm: cannot open --log {}: {error}", path.display());
         return FAILURE.into();
     }
     let failure = if matches!(cli.verb, Verb::Exec(_)) { EXEC_FAILURE } else { FAILURE };
-    match dispatch(&globals, cli.verb) {
+    let done = cli.globals().map_err(Error::from).and_then(|globals| dispatch(&globals, cli.verb));
+    match done {
         Ok(status) => status,
         Err(error) => {
             let sentence = sentence(&error);
-            if globals.log.file.is_some() {
+            if log.file.is_some() {
                 tracing::error!("{sentence}");
             }
             eprintln!("runvm: {sentence}");

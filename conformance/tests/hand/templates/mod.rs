@@ -203,7 +203,7 @@ fn the_configuration_says_so(h: &Hand) -> Result<Outcome> {
         expect_equal("forked, booted, template made", without.beginning(), (false, true, false))?;
         let run = || bundle.call("run").args(["--bundle".as_ref(), bundle.path.as_os_str()]);
         fs::write(&file, "templates = \"off\"\n")?;
-        let words = ["runvm: the configuration", "has a mistake: unknown field `templates`"];
+        let words = ["the configuration", "has a mistake: unknown field `templates`"];
         refuse_cmd(h, run().env("RUNVM_CONFIG", &file), &words, Some(&bundle))?;
         let listed = h.call("list").env("RUNVM_CONFIG", &file).run()?;
         expect_equal("exit code of a verb that needs no configuration", listed.code, 0)?;
