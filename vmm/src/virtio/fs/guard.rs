@@ -61,7 +61,8 @@ macro_rules! forward {
 }
 
 // All methods of the trait are here: one that is not would answer ENOSYS instead of the inner file system. Those that
-// take nothing are left to that answer: locks, `ioctl`, `poll` and the like are not offered.
+// take nothing are left to that answer: locks, `ioctl`, `poll` and the like are not offered. Nor is `flush`, a round for
+// each file that is closed: nothing is held back that it could write, and the guest's kernel keeps the locks.
 impl<F: FileSystem> FileSystem for Guard<F> {
     type DirIter = F::DirIter;
     type Handle = F::Handle;
@@ -155,7 +156,6 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn create(
             c: Context, parent: F::Inode, name: &CStr, mode: u32, kill: bool, flags: u32, umask: u32, x: Extensions
         ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)>;
-        fn flush(c: Context, inode: F::Inode, handle: F::Handle, owner: u64) -> io::Result<()>;
         fn fsync(c: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()>;
         fn fallocate(
             c: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64
