@@ -153,26 +153,35 @@ impl Store {
         for name in entries.filter_map(|entry| entry.file_name().into_string().ok()) {
             let Some((key, end)) = name.split_once('.').filter(|(key, _)| is_key(key)) else { continue };
             let _lock = match end {
-                "draft" => match self.lock(key) {
+                // A lock that was left goes when it is given back.
+                "draft" | "lock" => match self.lock(key) {
                     Ok(Some(lock)) => Some(lock),
                     _ => continue,
                 },
                 _ if end.parse::<u32>().is_ok() => None,
                 _ => continue,
             };
-            let _ = discard(&self.0.join(&name));
+            if end != "lock" {
+                let _ = discard(&self.0.join(&name));
+            }
         }
     }
 
     /// The lock on the draft of a key; none where another process has it.
-    fn lock(&self, key: &str) -> Result<Option<File>> {
+    fn lock(&self, key: &str) -> Result<Option<Lock>> {
         let path = self.0.join(format!("{key}{LOCK}"));
-        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let lock = lock.map_err(TemplateError::file("open", &path))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-            Err(error) => Err(TemplateError::file("lock", path)(error.into())),
-            Ok(()) => Ok(Some(lock)),
+        loop {
+            let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path);
+            let file = file.map_err(TemplateError::file("open", &path))?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                locked => locked.map_err(|errno| TemplateError::file("lock", &path)(errno.into()))?,
+            }
+            let number = |status: io::Result<fs::Metadata>| status.map(|status| status.ino()).ok();
+            // Who had it may have removed it since it was opened here.
+            if number(file.metadata()) == number(fs::metadata(&path)) {
+                return Ok(Some(Lock { path, _file: file }));
+            }
         }
     }
 
@@ -200,13 +209,27 @@ impl Store {
     }
 }
 
+/// A locked file, which goes with the lock.
+#[derive(Debug)]
+struct Lock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // One that stays is taken by the next.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
 /// A template that is being written. Dropped, it leaves nothing behind.
 #[derive(Debug)]
 pub struct Draft {
     store: Store,
     key: String,
     folder: PathBuf,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Draft {
@@ -312,9 +335,13 @@ mod tests {
         let writing = store.begin(&current(1)).unwrap().unwrap();
         let left = [current(2).key() + DRAFT, current(2).key() + ".4194304"].map(|name| dir.path().join(name));
         left.iter().for_each(|left| fs::create_dir(left).unwrap());
+        fs::write(dir.path().join(current(2).key() + LOCK), "").unwrap();
         store.prune(MAX_TOTAL).unwrap();
         assert!(left.iter().all(|left| !left.exists()));
         assert!(writing.folder.is_dir(), "a draft that is being written stays");
+        assert!(store.begin(&current(1)).unwrap().is_none(), "and so does its lock");
+        drop(writing);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

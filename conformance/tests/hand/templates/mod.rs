@@ -121,14 +121,11 @@ impl<'a> Templates<'a> {
         Ok(self.folder.join(&keys[0]))
     }
 
-    /// Fails unless the folder holds these templates and no half ones. Locks stay: they are empty files.
+    /// Fails unless the folder holds these templates, no half ones and no locks.
     fn expect_only(&self, keys: &[String]) -> Result<()> {
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            if !name.ends_with(".lock") {
-                names.push(name);
-            }
+            names.push(entry?.file_name().to_string_lossy().into_owned());
         }
         names.sort();
         let mut keys = keys.to_vec();
