@@ -220,12 +220,13 @@ fn requests_take_no_more_than_the_devices_thread_may() {
             (Opcode::CopyFileRange, new.node, words(&[handle, 0, new.node, handle, 8192, 3, 0])),
             (Opcode::Fsync, new.node, words(&[handle, 0])),
             (Opcode::Fsync, new.node, words(&[handle, 1])),
-            (Opcode::Flush, new.node, words(&[handle, 0, 0])),
             (Opcode::Syncfs, ROOT, words(&[0])),
         ] {
             let answer = guest.request(what, node, &[&arguments]);
             assert!(matches!(answer, Ok(_) | Err(libc::EOPNOTSUPP)), "{what:?}: {answer:?}");
         }
+        let closed = guest.request(Opcode::Flush, new.node, &[&words(&[handle, 0, 0])]);
+        assert_eq!(closed, Err(libc::ENOSYS), "a file is closed without a word");
         let link = guest.find("folder/link").unwrap().node;
         assert_eq!(guest.request(Opcode::Readlink, link, &[]).unwrap(), b"file");
         second.restore(&guest.device.save().unwrap()).unwrap();
