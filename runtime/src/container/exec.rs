@@ -1,6 +1,5 @@
 //! `exec`: a further process in a running container, with a proxy of its own on the host.
 
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 
@@ -11,11 +10,12 @@ use rustix::process::setsid;
 use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result, sentence};
+use crate::host::process::ProcessIdentity;
 use crate::host::terminal::RawTerminal;
 use crate::monitor::{
     self, Globals, KILLED, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded,
 };
-use crate::state::{Container, Status};
+use crate::state::{self, Container, Status};
 
 /// The largest process.json that is read, in bytes.
 const MAX_PROCESS: u64 = 4 << 20;
@@ -261,8 +261,10 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
         Some(socket) if process.terminal().unwrap_or(false) => Some(controlling_terminal(socket)?),
         _ => None,
     };
-    let listed = Listed::new(&container)?;
-    let end = single_threaded(async {
+    if let Some(own) = ProcessIdentity::of(std::process::id()) {
+        state::note_exec(container.dir(), own)?;
+    }
+    single_threaded(async {
         let descriptors = match &terminal {
             Some(slave) => Descriptors::terminal(slave),
             None => Descriptors::inherited(false),
@@ -273,27 +275,7 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
         owner.send(&ToOwner::Created { helpers: Vec::new() }).map_err(Error::system("talk to `runvm exec`"))?;
         owner.dismiss();
         status(attend(process, relay, terminal.as_ref()).await)
-    });
-    drop(listed);
-    end
-}
-
-/// The proxy's entry in the container's folder, by which `ps` finds it; one left by a killed proxy goes with the folder.
-struct Listed(PathBuf);
-
-impl Listed {
-    fn new(container: &Container) -> Result<Self> {
-        let path = container.dir().join(format!("exec-{}", std::process::id()));
-        fs::write(&path, "").map_err(Error::file("write", &path))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Listed {
-    fn drop(&mut self) {
-        // The container may have been deleted, and the entry with it.
-        let _ = fs::remove_file(&self.0);
-    }
+    })
 }
 
 #[cfg(test)]

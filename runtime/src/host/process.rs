@@ -1,6 +1,7 @@
 //! Processes of the host: telling one from a later one with its PID, ending it, and starting one that ends with its
 //! owner.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,8 +10,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
+
+/// How long a parent may take to learn of its child's end.
+const NOTICE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
 /// A process, told apart from any later one with the same PID by when it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +26,20 @@ pub struct ProcessIdentity {
     started: u64,
 }
 
+/// As in names of files.
+impl fmt::Display for ProcessIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.pid, self.started)
+    }
+}
+
 impl ProcessIdentity {
+    /// What was written as a name; none for what is no such name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let (pid, started) = name.split_once('-')?;
+        Some(Self { pid: pid.parse().ok()?, started: started.parse().ok()? })
+    }
+
     /// The identity of the process with a PID; also a zombie, whose threads may still be ending, has one.
     pub fn of(pid: u32) -> Option<Self> {
         stat(pid).map(|(started, _)| Self { pid, started })
@@ -59,6 +77,20 @@ impl ProcessIdentity {
                 ready => return Ok(ready? > 0),
             }
         }
+    }
+
+    /// Waits as [`Self::await_end`] does, and then until its parent has taken note of its end, where the kernel tells of
+    /// that (Linux 6.9), but not for long.
+    ///
+    /// # Errors
+    /// Those of pidfd_open(2) and poll(2).
+    pub fn await_departure(&self, limit: Duration) -> io::Result<()> {
+        let Some(pidfd) = self.pidfd()? else { return Ok(()) };
+        if self.await_end(limit)? {
+            // A descriptor whose process is gone hangs up, which nobody has to ask for.
+            retry_on_intr(|| poll(&mut [PollFd::new(&pidfd, PollFlags::empty())], Some(&NOTICE)))?;
+        }
+        Ok(())
     }
 
     /// A descriptor of the process; none when it is gone.
@@ -124,7 +156,11 @@ mod tests {
         assert!(!identity.await_end(Duration::from_millis(1)).unwrap());
         identity.signal(Signal::KILL).unwrap();
         assert!(identity.await_end(Duration::from_secs(10)).unwrap());
-        child.wait().unwrap();
+        assert_eq!(ProcessIdentity::from_name(&identity.to_string()), Some(identity));
+        let parent = std::thread::spawn(move || child.wait().unwrap());
+        identity.await_departure(Duration::from_secs(10)).unwrap();
+        parent.join().unwrap();
+        identity.await_departure(Duration::from_secs(10)).unwrap();
         identity.signal(Signal::KILL).unwrap();
     }
 

@@ -188,15 +188,15 @@ async fn run(
     end
 }
 
-/// Waits until all execs have ended: engines expect of a container that they do so before it does, and forget them
-/// otherwise.
+/// Waits until all execs have ended, and their parents know: engines expect of a container that they do so before it
+/// does, as the kernel sees to within one PID namespace, and forget them otherwise.
 async fn let_part(folder: &Path, tunnel: &Tunnel) {
     let execs = crate::state::execs(folder).unwrap_or_default();
     tunnel.deserted().await;
     let ended = tokio::task::spawn_blocking(move || {
         execs.iter().for_each(|exec| {
             // What cannot be waited for has ended, or does so in its own time.
-            let _ = exec.await_end(PARTING);
+            let _ = exec.await_departure(PARTING);
         });
     });
     let _ = ended.await;

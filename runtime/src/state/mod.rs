@@ -18,6 +18,8 @@ use crate::host::process::ProcessIdentity;
 
 /// The version of the record's format; another one's is not read.
 const VERSION: u32 = 1;
+/// What the name of an exec's process has in front of it.
+const EXEC: &str = "exec-";
 const FILE: &str = "state.json";
 /// A record's largest size that is read, in bytes.
 const MAX_RECORD: u64 = 1 << 20;
@@ -249,7 +251,9 @@ impl Container {
     /// # Errors
     /// That of the file system.
     pub fn execs(&self) -> Result<Vec<ProcessIdentity>, StateError> {
-        execs(&self.dir).map_err(io_error("read", &self.dir))
+        let mut execs = execs(&self.dir).map_err(io_error("read", &self.dir))?;
+        execs.retain(ProcessIdentity::alive);
+        Ok(execs)
     }
 
     /// Gives the lock back before the container is dropped.
@@ -297,14 +301,29 @@ impl Container {
     }
 }
 
-/// The processes that stand for the execs of the container with this folder: each leaves its number there.
+/// The processes that stand, or stood, for the execs of the container with this folder. Each leaves its name there; the
+/// next one takes away what those left that are gone.
 ///
 /// # Errors
 /// Those of reading the folder.
 pub fn execs(folder: &Path) -> io::Result<Vec<ProcessIdentity>> {
     let entries = fs::read_dir(folder)?;
-    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_prefix("exec-")?.parse().ok());
-    Ok(numbers.filter_map(ProcessIdentity::of).filter(ProcessIdentity::alive).collect())
+    let identity = |name: &str| ProcessIdentity::from_name(name.strip_prefix(EXEC)?);
+    Ok(entries.filter_map(|entry| identity(entry.ok()?.file_name().to_str()?)).collect())
+}
+
+/// Notes that a process stands for an exec of the container with this folder.
+///
+/// # Errors
+/// That of the file system.
+pub fn note_exec(folder: &Path, exec: ProcessIdentity) -> Result<(), StateError> {
+    let path = |exec: &ProcessIdentity| folder.join(format!("{EXEC}{exec}"));
+    for gone in execs(folder).map_err(io_error("read", folder))?.iter().filter(|exec| !exec.alive()) {
+        // Another may be doing the same.
+        let _ = fs::remove_file(path(gone));
+    }
+    let path = path(&exec);
+    fs::write(&path, "").map_err(io_error("write", &path))
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
