@@ -9,8 +9,8 @@
 set -euo pipefail
 
 readonly profile=$1 package=$2
-triple=$(uname -m)-unknown-linux-gnu
-readonly triple libraries=/usr/lib/$(uname -m)-linux-gnu
+machine=$(uname -m)
+readonly machine triple=$machine-unknown-linux-gnu libraries=/usr/lib/$machine-linux-gnu
 # A target folder and a target triple of its own keep +crt-static away from build scripts and tests.
 readonly target=${CARGO_TARGET_DIR:-$(dirname "${BASH_SOURCE[0]}")/../target}/static
 
