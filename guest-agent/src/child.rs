@@ -9,15 +9,15 @@ use rustix::process::Pid;
 
 use crate::log;
 
+/// In the words of clone(2); libc's own is too small for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 static IS_CHILD: AtomicBool = AtomicBool::new(false);
 
 /// Whether this process is a copy of PID 1: its end is not the guest's.
 pub(crate) fn is_child() -> bool {
     IS_CHILD.load(Ordering::Relaxed)
 }
-
-/// In the words of clone(2); libc's own is too small for it.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Where a copy is born, if not where this process is: new namespaces, as flags of clone(2), and a cgroup.
 pub(crate) struct Birthplace<'a> {

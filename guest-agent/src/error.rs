@@ -96,7 +96,7 @@ impl From<RequestError> for ttrpc::Error {
     }
 }
 
-/// The sentences come through libcontainer, which carries text only.
+/// The sentences come from processes on their way, whose reports are text only.
 fn program_code(sentence: &str) -> Code {
     if sentence.ends_with("permission denied") {
         Code::PERMISSION_DENIED

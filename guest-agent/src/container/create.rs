@@ -7,15 +7,14 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use libcontainer::oci_spec::runtime::Spec;
-use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::Pid;
-use tokio::net::unix::pipe;
 use tokio::sync::watch;
 
 use super::cgroup::Cgroup;
 use super::init::{self, READY, Reins};
-use super::process::{Stdio, hear, report};
+use super::process::{Stdio, child_log, console, hear, receive_file, report};
+use super::spec::SpecError;
 use crate::child::{self, Birthplace};
 use crate::error::RequestError;
 use crate::log;
@@ -47,21 +46,17 @@ pub(super) async fn create(
     spec: &Spec,
     stdio: Stdio,
 ) -> Result<Created, RequestError> {
-    let linux = spec.linux().clone().unwrap_or_default();
+    let linux = spec.linux().as_ref().ok_or(SpecError::Missing("linux"))?;
     cgroup.create(linux.resources().as_ref()).map_err(RequestError::Program)?;
     let place = File::open(cgroup.path()).map_err(RequestError::system("open the container's cgroup"))?;
-    let place = Birthplace { namespaces: init::namespaces(&linux), cgroup: place.as_fd() };
+    let place = Birthplace { namespaces: init::birth_namespaces(linux), cgroup: place.as_fd() };
     let (mut said, report) = report().map_err(RequestError::system("make a pipe"))?;
     let (go_end, go) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(RequestError::system("make a pipe"))?;
-    let (console, console_end) =
-        rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(RequestError::system("make a socket"))?;
+    let (console, console_end) = console().map_err(RequestError::system("make a socket"))?;
     let (log, log_end) = child_log().map_err(RequestError::system("make a pipe"))?;
     let reins = Reins { report, go: go_end, console: console_end };
     let mut keep = vec![reins.report.as_fd(), reins.go.as_fd(), reins.console.as_fd()];
-    if let Stdio::Pipes(ends) = &stdio {
-        keep.extend([ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()]);
-    }
+    keep.extend(stdio.ends());
     let init = child::fork_into(&place, log_end, &keep, || init::live(id, spec, &stdio, &reins));
     drop(keep);
     drop((reins, stdio));
@@ -94,24 +89,4 @@ impl Starter {
         let _ = tokio::time::timeout(START_PATIENCE, running.wait_for(|running| *running)).await;
         Ok(())
     }
-}
-
-/// A pipe for a child's log.
-pub(super) fn child_log() -> io::Result<(pipe::Receiver, OwnedFd)> {
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-    Ok((pipe::Receiver::from_owned_fd(read)?, write))
-}
-
-/// Receives one open file.
-pub(super) fn receive_file(socket: impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut name = [0; 64];
-    let mut buffer = [io::IoSliceMut::new(&mut name)];
-    rustix::net::recvmsg(socket, &mut buffer, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    let mut files = ancillary.drain().filter_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(files) => Some(files),
-        _ => None,
-    });
-    files.next().and_then(|mut files| files.next()).ok_or_else(|| io::Error::other("no terminal came"))
 }

@@ -8,16 +8,14 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use libcontainer::oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process};
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use tokio::io::AsyncReadExt as _;
 
 use super::cgroup::Cgroup;
-use super::create::{child_log, receive_file};
-use super::process::{self, Stdio, failed, hear, let_go, report, tell};
+use super::process::{self, Stdio, child_log, console, failed, hear, let_go, receive_file, report, tell};
 use super::program;
 use crate::child;
 use crate::error::RequestError;
@@ -38,26 +36,12 @@ impl Door {
     /// The door of a container whose first process is there.
     pub(super) fn new(
         init: Pid,
-        namespaces: &[LinuxNamespace],
+        namespaces: ThreadNameSpaceType,
         cgroup: Cgroup,
         seccomp: Option<LinuxSeccomp>,
     ) -> io::Result<Self> {
-        let namespaces = namespaces.iter().map(|namespace| namespace_type(namespace.typ())).collect();
         let init_file = rustix::process::pidfd_open(init, PidfdFlags::empty())?;
         Ok(Self { init: init_file, init_pid: init, namespaces, cgroup, seccomp })
-    }
-}
-
-fn namespace_type(namespace: LinuxNamespaceType) -> ThreadNameSpaceType {
-    match namespace {
-        LinuxNamespaceType::Mount => ThreadNameSpaceType::MOUNT,
-        LinuxNamespaceType::Cgroup => ThreadNameSpaceType::CONTROL_GROUP,
-        LinuxNamespaceType::Uts => ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME,
-        LinuxNamespaceType::Ipc => ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION,
-        LinuxNamespaceType::User => ThreadNameSpaceType::USER,
-        LinuxNamespaceType::Pid => ThreadNameSpaceType::PROCESS_ID,
-        LinuxNamespaceType::Network => ThreadNameSpaceType::NETWORK,
-        LinuxNamespaceType::Time => ThreadNameSpaceType::TIME,
     }
 }
 
@@ -84,16 +68,12 @@ pub(super) async fn enter(
 ) -> Result<Entered, RequestError> {
     let (mut number, number_end) = report().map_err(RequestError::system("make a pipe"))?;
     let (mut failure, failure_end) = report().map_err(RequestError::system("make a pipe"))?;
-    let (console, console_end) =
-        rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(RequestError::system("make a socket"))?;
+    let (console, console_end) = console().map_err(RequestError::system("make a socket"))?;
     let (log, log_end) = child_log().map_err(RequestError::system("make a pipe"))?;
     let expected = reaper.expect();
     let reports = Reports { number: number_end, failure: failure_end, console: console_end };
     let mut keep = vec![door.init.as_fd(), reports.number.as_fd(), reports.failure.as_fd(), reports.console.as_fd()];
-    if let Stdio::Pipes(ends) = &stdio {
-        keep.extend([ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()]);
-    }
+    keep.extend(stdio.ends());
     let helper = child::fork(log_end, &keep, || go_in(door, process, &stdio, &reports));
     drop(keep);
     drop(reports);

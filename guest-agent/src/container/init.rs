@@ -11,10 +11,10 @@ use std::path::Path;
 
 use libcontainer::container::{ContainerStatus, State};
 use libcontainer::hooks;
-use libcontainer::oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxPersonalityDomain, Process, Spec};
+use libcontainer::oci_spec::runtime::{Linux, LinuxPersonalityDomain, Process, Spec};
 use libcontainer::utils::parse_env;
 use rustix::fs::{Mode, OFlags};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
 use super::process::{self, Stdio, failed, let_go, tell};
 use super::{priority, program, rootfs, sysctl};
@@ -35,15 +35,9 @@ pub(super) struct Reins {
 
 /// The namespaces that the process is born in, as flags of clone(2). That of cgroups has to wait until it is in its
 /// cgroup.
-pub(super) fn namespaces(linux: &Linux) -> libc::c_int {
-    let flag = |kind| match kind {
-        LinuxNamespaceType::Mount => libc::CLONE_NEWNS,
-        LinuxNamespaceType::Pid => libc::CLONE_NEWPID,
-        LinuxNamespaceType::Ipc => libc::CLONE_NEWIPC,
-        LinuxNamespaceType::Uts => libc::CLONE_NEWUTS,
-        _ => 0,
-    };
-    linux.namespaces().iter().flatten().fold(0, |flags, namespace| flags | flag(namespace.typ()))
+pub(super) fn birth_namespaces(linux: &Linux) -> libc::c_int {
+    let namespaces = process::namespaces(linux).difference(ThreadNameSpaceType::CONTROL_GROUP);
+    namespaces.bits().cast_signed()
 }
 
 /// The process's life up to its program; its exit code, should it not come so far.
@@ -95,13 +89,13 @@ fn prepare<'a>(spec: &'a Spec, stdio: &Stdio, console: &OwnedFd) -> Result<&'a P
 
 /// What is left of the namespaces: that of cgroups, names, and parameters of the kernel that belong to one.
 fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
-    let has = |kind| linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == kind);
-    if has(LinuxNamespaceType::Cgroup) {
+    let own = process::namespaces(linux);
+    if own.contains(ThreadNameSpaceType::CONTROL_GROUP) {
         // SAFETY: the table of descriptors is not among the flags.
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
             .map_err(failed("make a cgroup namespace"))?;
     }
-    if has(LinuxNamespaceType::Uts) {
+    if own.contains(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME) {
         if let Some(name) = spec.hostname() {
             rustix::system::sethostname(name.as_bytes()).map_err(failed("set hostname"))?;
         }

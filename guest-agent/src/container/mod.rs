@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex};
 use libcontainer::oci_spec::runtime::{Process as ProcessSpec, Spec};
 use runvm_protocol::agent;
 use rustix::process::Pid;
+use rustix::thread::ThreadNameSpaceType;
 
 use self::cgroup::Cgroup;
 use self::create::Starter;
@@ -287,7 +288,7 @@ impl Container {
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
         devices::restrict(cgroup.path(), rules).map_err(RequestError::system("restrict the container's devices"))?;
-        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+        let namespaces = linux.map_or(ThreadNameSpaceType::empty(), process::namespaces);
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let door = Door::new(init.pid, namespaces, cgroup.clone(), seccomp)
             .map_err(RequestError::system("open the container's first process"))?;

@@ -4,19 +4,21 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
 
 use libcontainer::capabilities;
-use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process};
+use libcontainer::oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process};
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::tty;
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::DumpableBehavior;
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 use rustix::termios::Winsize;
+use rustix::thread::ThreadNameSpaceType;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
@@ -32,6 +34,32 @@ pub(super) enum Stdio {
     Pipes(ChildEnds),
     /// It makes a terminal, of this size where one is known, and hands over its master.
     Terminal(Option<Winsize>),
+}
+
+impl Stdio {
+    /// What the process has to have open for it.
+    pub(super) fn ends(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let ends = match self {
+            Self::Pipes(ends) => Some([ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()]),
+            Self::Terminal(_) => None,
+        };
+        ends.into_iter().flatten()
+    }
+}
+
+/// The namespaces that a container has of its own.
+pub(super) fn namespaces(linux: &Linux) -> ThreadNameSpaceType {
+    let kind = |namespace: &LinuxNamespace| match namespace.typ() {
+        LinuxNamespaceType::Mount => ThreadNameSpaceType::MOUNT,
+        LinuxNamespaceType::Cgroup => ThreadNameSpaceType::CONTROL_GROUP,
+        LinuxNamespaceType::Uts => ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME,
+        LinuxNamespaceType::Ipc => ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION,
+        LinuxNamespaceType::User => ThreadNameSpaceType::USER,
+        LinuxNamespaceType::Pid => ThreadNameSpaceType::PROCESS_ID,
+        LinuxNamespaceType::Network => ThreadNameSpaceType::NETWORK,
+        LinuxNamespaceType::Time => ThreadNameSpaceType::TIME,
+    };
+    linux.namespaces().iter().flatten().map(kind).collect()
 }
 
 /// Hides the process from those who are in the container already, and sets its limits.
@@ -175,4 +203,29 @@ pub(super) async fn hear(report: &mut pipe::Receiver) -> io::Result<String> {
     let mut said = Vec::new();
     report.take(MAX_SENTENCE).read_to_end(&mut said).await?;
     Ok(String::from_utf8_lossy(&said).into_owned())
+}
+
+/// A socket for the master of a terminal: the agent's end, and the process's.
+pub(super) fn console() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?)
+}
+
+/// A pipe for a child's log.
+pub(super) fn child_log() -> io::Result<(pipe::Receiver, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+    Ok((pipe::Receiver::from_owned_fd(read)?, write))
+}
+
+/// Receives one open file.
+pub(super) fn receive_file(socket: impl AsFd) -> io::Result<OwnedFd> {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut name = [0; 64];
+    let mut buffer = [io::IoSliceMut::new(&mut name)];
+    rustix::net::recvmsg(socket, &mut buffer, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let mut files = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    files.next().and_then(|mut files| files.next()).ok_or_else(|| io::Error::other("no terminal came"))
 }

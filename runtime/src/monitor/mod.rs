@@ -193,6 +193,9 @@ async fn run(
 async fn let_part(folder: &Path, tunnel: &Tunnel) {
     let execs = crate::state::execs(folder).unwrap_or_default();
     tunnel.deserted().await;
+    if execs.is_empty() {
+        return;
+    }
     let ended = tokio::task::spawn_blocking(move || {
         execs.iter().for_each(|exec| {
             // What cannot be waited for has ended, or does so in its own time.

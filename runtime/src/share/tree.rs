@@ -152,7 +152,7 @@ fn switch_to(root: &OwnedFd) -> Result<(), SetupError> {
 }
 
 /// Adds attributes to a mount; those that it has, it keeps.
-pub(super) fn restrict(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
+fn restrict(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
     let mut flags = AtFlags::EMPTY_PATH.bits();
     if recursive {
