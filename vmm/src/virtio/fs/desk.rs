@@ -1,0 +1,207 @@
+//! Where requests are answered, by whichever thread comes with them.
+//!
+//! Most requests of a guest are answered from the host's caches in less time than it takes to wake a thread. So the
+//! processor that tells of a request serves it itself, and its guest goes on with the answer in hand. What may take as
+//! long as a disk does is left to the device's thread, and the processor is free for others meanwhile.
+
+use std::collections::VecDeque;
+use std::io::Write as _;
+use std::mem::size_of;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtiofsd::Error as FuseError;
+use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
+use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
+use virtiofsd::server::Server;
+use vm_memory::{ByteValued as _, Bytes as _};
+
+use super::super::buffers::IoMemory;
+use super::super::{Attendant, Chain, DeviceError, Io, VirtQueue};
+use super::apart;
+use super::guard::Guard;
+use super::letter::Letter;
+use crate::Memory;
+
+/// How many requests one thread serves before others have their turn: a pause, or what else the processor has to do.
+/// Requests of a megabyte are no rarity.
+const BATCH: usize = 16;
+
+/// The largest request, and the largest answer, in bytes: the megabyte that virtiofsd grants, and the headers before it.
+/// What a chain has beyond is left alone, lest a single one keep the device for as long as gigabytes take.
+const MAX_MESSAGE: usize = (1 << 20) + 4096;
+
+/// From here on, in bytes, copying a request or its answer takes longer than to wake a thread for it.
+const LONG: u64 = 128 << 10;
+
+/// What writes back what the host's caches hold, or copies files, takes as long as it takes.
+const SLOW: [u32; 5] = [
+    Opcode::Fsync as u32,
+    Opcode::Fsyncdir as u32,
+    Opcode::Syncfs as u32,
+    Opcode::Fallocate as u32,
+    Opcode::CopyFileRange as u32,
+];
+
+/// The server and the queues that its requests come by.
+pub(super) struct Desk<F: FileSystem + Sync> {
+    pub(super) server: Server<Guard<F>>,
+    /// None while no driver uses the device.
+    session: Mutex<Option<Arc<Session>>>,
+    /// Left to the device's thread, at most as many as a queue holds.
+    backlog: Mutex<VecDeque<Task>>,
+    /// Takes answers for which the guest has left no room.
+    nowhere: Letter,
+}
+
+/// A driver's use of the device.
+struct Session {
+    guest: Memory,
+    memory: IoMemory,
+    queues: Vec<VirtQueue>,
+}
+
+/// A request that was taken out of a queue.
+struct Task {
+    session: Arc<Session>,
+    queue: usize,
+    chain: Chain,
+}
+
+impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
+    pub(super) fn new(server: Server<Guard<F>>) -> Result<Self, DeviceError> {
+        let nowhere = Letter::new(&[])?;
+        Ok(Self { server, session: Mutex::default(), backlog: Mutex::default(), nowhere })
+    }
+
+    /// A driver has made the queues ready.
+    pub(super) fn open(&self, io: &Io) -> Result<(), DeviceError> {
+        let session = Session {
+            guest: io.memory.clone(),
+            memory: IoMemory::new(&io.memory)?,
+            queues: io.queues.clone(),
+        };
+        *lock(&self.session) = Some(Arc::new(session));
+        Ok(())
+    }
+
+    /// Serves what processors have left, and what is in a queue, in the device's own thread.
+    pub(super) fn work(&self, queue: usize) -> Result<(), DeviceError> {
+        self.clear()?;
+        self.attend(queue, |task| self.serve(task))
+    }
+
+    /// Serves what processors have left.
+    pub(super) fn clear(&self) -> Result<(), DeviceError> {
+        loop {
+            let task = lock(&self.backlog).pop_front();
+            let Some(task) = task else { return Ok(()) };
+            self.serve(task)?;
+        }
+    }
+
+    /// Nobody uses the device any more.
+    pub(super) fn close(&self) {
+        *lock(&self.session) = None;
+        lock(&self.backlog).clear();
+    }
+
+    /// Takes some requests out of a queue.
+    fn attend(&self, queue: usize, mut take: impl FnMut(Task) -> Result<(), DeviceError>) -> Result<(), DeviceError> {
+        let Some(session) = lock(&self.session).clone() else { return Ok(()) };
+        let Some(source) = session.queues.get(queue) else { return Ok(()) };
+        for _ in 0..BATCH {
+            let Some(chain) = source.take(&session.guest)? else { return Ok(()) };
+            take(Task { session: session.clone(), queue, chain })?;
+        }
+        source.kick();
+        Ok(())
+    }
+
+    /// Leaves a request to the device's thread; gives it back where that has enough to do.
+    fn leave(&self, task: Task) -> Result<(), Task> {
+        let queue = &task.session.queues[task.queue];
+        let mut backlog = lock(&self.backlog);
+        if backlog.len() >= usize::from(super::REQUEST_QUEUE_SIZE) {
+            return Err(task);
+        }
+        let queue = queue.clone();
+        backlog.push_back(task);
+        drop(backlog);
+        queue.kick();
+        Ok(())
+    }
+
+    fn serve(&self, task: Task) -> Result<(), DeviceError> {
+        let Task { session, queue, chain } = task;
+        let written = self.answer(&session.memory, &chain);
+        session.queues[queue].give(&session.guest, chain.head_index(), written)
+    }
+
+    /// Answers a request; how much was written into it.
+    fn answer(&self, memory: &IoMemory, chain: &Chain) -> u32 {
+        let Ok((mut reader, mut writer)) = memory.buffers(chain) else { return 0 };
+        // Each keeps what is before; the rest is dropped here, and there may be none.
+        let _ = (reader.split_at(MAX_MESSAGE), writer.split_at(MAX_MESSAGE));
+        // The server takes it for granted that there is room for an answer's header, but there is none where the guest
+        // wants no answer.
+        let served = if writer.available_bytes() < size_of::<OutHeader>() {
+            let Ok(nowhere) = self.nowhere.writer() else { return 0 };
+            self.server.handle_message(reader, nowhere, None::<&mut ()>).map(|_| 0)
+        } else {
+            self.server.handle_message(reader, writer, None::<&mut ()>)
+        };
+        match served {
+            Ok(written) => u32::try_from(written).unwrap_or(0),
+            Err(error) => refuse(memory, chain, &error).unwrap_or(0),
+        }
+    }
+}
+
+impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Attendant for Desk<F> {
+    fn enter(&self) -> Result<(), DeviceError> {
+        apart()
+    }
+
+    fn attend(&self, queue: usize) -> Result<(), DeviceError> {
+        self.attend(queue, |task| {
+            if !task.is_slow() {
+                return self.serve(task);
+            }
+            self.leave(task).or_else(|task| self.serve(task))
+        })
+    }
+
+    fn give_up(&self) {
+        self.close();
+    }
+}
+
+impl Task {
+    /// Whether it may take long. The guest may change the request after this look: then its processor waits.
+    fn is_slow(&self) -> bool {
+        let bytes: u64 = self.chain.clone().map(|buffer| u64::from(buffer.len())).sum();
+        let Some(first) = self.chain.clone().next() else { return false };
+        let header: [u32; 2] = self.session.guest.read_obj(first.addr()).unwrap_or_default();
+        let [_, opcode] = header.map(u32::from_le);
+        bytes > LONG || SLOW.contains(&opcode)
+    }
+}
+
+/// Answers a request that the server can make nothing of, or whose answer it has no room for.
+fn refuse(memory: &IoMemory, chain: &Chain, error: &FuseError) -> Option<u32> {
+    tracing::debug!("the guest's request to its file system is malformed: {error}");
+    let (mut reader, mut writer) = memory.buffers(chain).ok()?;
+    let errno = match error {
+        FuseError::EncodeMessage(_) | FuseError::FlushMessage(_) => libc::EIO,
+        _ => libc::EINVAL,
+    };
+    let length = size_of::<OutHeader>() as u32;
+    let header: InHeader = reader.read_obj().ok()?;
+    let answer = OutHeader { len: length, error: -errno, unique: header.unique };
+    writer.write_all(answer.as_slice()).ok()?;
+    Some(length)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
