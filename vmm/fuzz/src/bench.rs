@@ -169,8 +169,13 @@ impl<S: Subject> Bench<S> {
         &mut self.subject
     }
 
-    fn kick(&self, queue: usize) {
-        if let Some(queue) = self.io.queues.get(queue) {
+    fn kick(&mut self, queue: usize) {
+        if let Some(attendant) = self.device.attendant() {
+            if attendant.attend(queue).is_err() {
+                attendant.give_up();
+                self.serving = false;
+            }
+        } else if let Some(queue) = self.io.queues.get(queue) {
             queue.kick();
         }
     }
@@ -193,6 +198,9 @@ impl<S: Subject> Bench<S> {
     /// Lets the device rest, and go on: itself or another in its place, which is told what it was or something else.
     fn pause(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
         let features = self.io.features;
+        if self.device.rest(&mut self.io).is_err() {
+            self.serving = false;
+        }
         let states: Vec<_> = self.io.queues.drain(..).map(|queue| queue.into_queue().state()).collect();
         if let Ok(mut saved) = self.device.save()
             && u.ratio(2, 3)?

@@ -2,7 +2,7 @@
 //!
 //! Each list is what its threads were seen to make, and what the code behind them says they may. Nowhere in them is
 //! what starts a program or a thread, makes a socket, mounts, signals or looks at another process, or makes memory
-//! executable; and files are named by the file system's thread alone.
+//! executable; and files are named by those alone that serve them, the file system's thread and the processors'.
 
 use kvm_bindings as kvm;
 use libc::{
@@ -154,7 +154,10 @@ pub(super) fn of(role: Role, allowed: &mut Allowed) -> Result<(), BackendError> 
         }
         Role::Vcpu => {
             allowed.calls(VCPU);
-            allowed.only(SYS_ioctl, [is(1, KVM_RUN)])
+            allowed.only(SYS_ioctl, [is(1, KVM_RUN)])?;
+            // It serves the guest's files itself: [`crate::virtio::Attendant`].
+            allowed.only(SYS_ioctl, [is(1, KVM_IRQ_LINE)])?;
+            file_system(allowed)
         }
         Role::Device(kind) => {
             allowed.calls(DEVICE);
@@ -181,15 +184,19 @@ fn device(kind: Kind, allowed: &mut Allowed) -> Result<(), BackendError> {
             allowed.only(SYS_ioctl, [is(1, libc::TUNSETOFFLOAD as u32)])
         }
         Kind::FileSystem => {
-            allowed.calls(FILE_SYSTEM);
             // For an umask and a working folder of its own.
             allowed.only(SYS_unshare, [is(0, libc::CLONE_FS as u32)])?;
-            // How libcap-ng learns which capabilities there are.
-            allowed.only(SYS_prctl, [is(0, libc::PR_CAPBSET_READ as u32)])?;
-            let ambient = [is(0, libc::PR_CAP_AMBIENT as u32), is(1, libc::PR_CAP_AMBIENT_IS_SET as u32)];
-            allowed.only(SYS_prctl, ambient)
+            file_system(allowed)
         }
     }
+}
+
+fn file_system(allowed: &mut Allowed) -> Result<(), BackendError> {
+    allowed.calls(FILE_SYSTEM);
+    // How libcap-ng learns which capabilities there are.
+    allowed.only(SYS_prctl, [is(0, libc::PR_CAPBSET_READ as u32)])?;
+    let ambient = [is(0, libc::PR_CAP_AMBIENT as u32), is(1, libc::PR_CAP_AMBIENT_IS_SET as u32)];
+    allowed.only(SYS_prctl, ambient)
 }
 
 const KVM: u8 = kvm::KVMIO as u8;

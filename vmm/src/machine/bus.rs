@@ -9,8 +9,8 @@ use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial};
 
 use crate::Event;
-use crate::virtio::Line;
-use crate::virtio::transport::{SIZE, Transport};
+use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport};
+use crate::virtio::{Attendant, DeviceError, Line};
 
 /// Where the first device's registers are; the next follow.
 pub const DEVICES: u64 = 0xd000_0000;
@@ -65,33 +65,58 @@ impl Trigger for ConsoleLine {
 
 /// All that has registers.
 pub struct Bus {
-    devices: Vec<Mutex<Transport>>,
+    devices: Vec<Place>,
     console: Option<Mutex<Console>>,
+}
+
+/// Where a device is on the bus.
+struct Place {
+    device: Mutex<Transport>,
+    attendant: Option<Arc<dyn Attendant>>,
+}
+
+impl Place {
+    fn lock(&self) -> MutexGuard<'_, Transport> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Bus {
     /// A bus with these devices, in the order of their addresses.
     pub fn new(devices: Vec<Transport>, console: Option<Console>) -> Self {
-        Self { devices: devices.into_iter().map(Mutex::new).collect(), console: console.map(Mutex::new) }
+        let place = |device: Transport| Place { attendant: device.attendant(), device: Mutex::new(device) };
+        Self { devices: devices.into_iter().map(place).collect(), console: console.map(Mutex::new) }
+    }
+
+    /// Prepares the calling thread for reads and writes; to be called before it is confined.
+    pub fn enter(&self) -> Result<(), DeviceError> {
+        self.devices.iter().filter_map(|place| place.attendant.as_ref()).try_for_each(|attendant| attendant.enter())
     }
 
     /// The devices, in the order of their addresses.
     pub fn devices(&self) -> impl Iterator<Item = MutexGuard<'_, Transport>> {
-        self.devices.iter().map(|device| device.lock().unwrap_or_else(PoisonError::into_inner))
+        self.devices.iter().map(Place::lock)
     }
 
     /// The guest reads; what nothing answers is all ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if let Some((device, offset)) = self.device(address) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        if let Some((place, offset)) = self.device(address) {
+            place.lock().read(offset, data);
         }
     }
 
     /// The guest writes.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((device, offset)) = self.device(address) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        let Some((place, offset)) = self.device(address) else { return };
+        match (&place.attendant, <[u8; 4]>::try_from(data)) {
+            (Some(attendant), Ok(queue)) if offset == QUEUE_NOTIFY => {
+                if let Err(error) = attendant.attend(u32::from_le_bytes(queue) as usize) {
+                    attendant.give_up();
+                    place.lock().fail(&error);
+                }
+            }
+            _ => place.lock().write(offset, data),
         }
     }
 
@@ -111,7 +136,7 @@ impl Bus {
         }
     }
 
-    fn device(&self, address: u64) -> Option<(&Mutex<Transport>, u64)> {
+    fn device(&self, address: u64) -> Option<(&Place, u64)> {
         let offset = address.checked_sub(DEVICES)?;
         let device = self.devices.get(usize::try_from(offset / SIZE).ok()?)?;
         Some((device, offset % SIZE))

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::mem;
 use std::ptr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -31,6 +32,23 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
             unsafe { ptr::write_volatile(flag, 1) };
         }
     });
+}
+
+/// Has system calls that a signal comes in between of go on after it, lest a file of the guest's be read in vain because
+/// its machine was paused. `KVM_RUN` ends all the same.
+fn restart_after(signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: a `sigaction` may be all zeroes.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    // SAFETY: it is written to before the call ends.
+    if unsafe { libc::sigaction(signal, ptr::null(), &raw mut action) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    action.sa_flags |= libc::SA_RESTART;
+    // SAFETY: it is read before the call ends, and is what there was but for a flag.
+    match unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// What all processors do.
@@ -88,6 +106,7 @@ impl Vcpus {
     /// Starts the threads, which wait. The first end of a processor is sent to `ends`.
     pub fn spawn(vcpus: Vec<VcpuFd>, bus: Arc<Bus>, confinement: &Confinement, ends: &Ends) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), on_kick).map_err(io::Error::from)?;
+        restart_after(SIGRTMIN())?;
         let gate = Arc::new(Gate { state: Mutex::new((Phase::Paused, 0)), changed: Condvar::new() });
         let mut all = Self { vcpus: Vec::new(), threads: Vec::new(), gate };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
@@ -95,7 +114,8 @@ impl Vcpus {
             let (confinement, ends) = (confinement.clone(), ends.clone());
             let (ours, bus, gate) = (vcpu.clone(), bus.clone(), all.gate.clone());
             let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
-                if let Err(error) = confinement(Role::Vcpu) {
+                let ready = bus.enter().map_err(io::Error::other).and_then(|()| confinement(Role::Vcpu));
+                if let Err(error) = ready {
                     // There is no machine without its processors.
                     ends.send(End::Failed(format!("a processor's thread cannot be confined: {error}")));
                     gate.pass();

@@ -23,6 +23,7 @@ pub mod vsock;
 pub mod worker;
 
 use std::io;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -117,6 +118,11 @@ pub trait Device: Send {
         ConfigSpace::default()
     }
 
+    /// Whoever serves the device's queues in the place of its thread, if there is somebody.
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        None
+    }
+
     /// Begins to serve, or goes on after a pause: registers the device's descriptors with `io.poller`. Queues may
     /// have been filled already; [`Device::queue_ready`] follows for each of them.
     ///
@@ -142,6 +148,15 @@ pub trait Device: Send {
         Ok(())
     }
 
+    /// Finishes what was begun: the queues are about to be taken away, for a pause or for good.
+    ///
+    /// # Errors
+    /// [`DeviceError`] where the device cannot go on.
+    fn rest(&mut self, io: &mut Io) -> Result<(), DeviceError> {
+        let _ = io;
+        Ok(())
+    }
+
     /// Forgets what the driver knew: the guest has reset the device.
     fn reset(&mut self) {}
 
@@ -160,4 +175,27 @@ pub trait Device: Send {
     fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
         if state.is_empty() { Ok(()) } else { Err(DeviceError::State("there is one where none was expected")) }
     }
+}
+
+/// Serves a device's queues in the threads of the guest's processors: what a processor asks for is answered when its
+/// notification returns, and no thread has to be woken for it, nor the processor when it is done.
+///
+/// The processor stands still meanwhile, so this is for requests that are answered in microseconds. What takes longer
+/// can be left to the device's thread, by [`VirtQueue::kick`].
+pub trait Attendant: Send + Sync {
+    /// Prepares the calling thread; once in each that serves, before it is confined.
+    ///
+    /// # Errors
+    /// Where it cannot serve.
+    fn enter(&self) -> Result<(), DeviceError>;
+
+    /// The guest has put buffers into this queue, perhaps, and perhaps there is no such queue. Called by several threads
+    /// at once.
+    ///
+    /// # Errors
+    /// [`DeviceError`] where the device cannot go on.
+    fn attend(&self, queue: usize) -> Result<(), DeviceError>;
+
+    /// Serves no more, until the device is started again.
+    fn give_up(&self);
 }

@@ -2,6 +2,7 @@
 
 use std::mem;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -21,13 +22,19 @@ pub enum Served {
     NotNow,
 }
 
-/// A queue that the driver has made ready.
-#[derive(Debug)]
+/// A queue that the driver has made ready. Clones are the same queue, for several threads to serve it.
+#[derive(Clone, Debug)]
 pub struct VirtQueue {
     index: usize,
-    queue: Queue,
-    kick: Event,
+    state: Arc<Mutex<State>>,
+    kick: Arc<Event>,
     interrupt: Interrupt,
+}
+
+#[derive(Debug)]
+struct State {
+    /// As made by default, which is not ready, once the registers have it back.
+    queue: Queue,
     /// The used ring's index when the driver was last told, or was found not to want to know.
     notified: u16,
 }
@@ -35,13 +42,17 @@ pub struct VirtQueue {
 impl VirtQueue {
     /// A queue that the driver has set up. `kick` is written when the driver has filled it.
     pub fn new(index: usize, queue: Queue, kick: Event, interrupt: Interrupt) -> Self {
-        let notified = queue.next_used();
-        Self { index, queue, kick, interrupt, notified }
+        let state = State { notified: queue.next_used(), queue };
+        Self { index, state: Arc::new(Mutex::new(state)), kick: Arc::new(kick), interrupt }
     }
 
     /// Whether the driver uses it.
     pub fn ready(&self) -> bool {
-        self.queue.ready()
+        self.state().queue.ready()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves the chains that are in the queue, at most as many as it can hold at once, and tells the driver of
@@ -52,11 +63,12 @@ impl VirtQueue {
     /// # Errors
     /// What `serve` answers, and [`DeviceError::Queue`].
     pub fn drain(
-        &mut self,
+        &self,
         memory: &Memory,
         serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
     ) -> Result<(), DeviceError> {
-        self.drain_some(memory, self.queue.size(), serve)
+        let size = self.state().queue.size();
+        self.drain_some(memory, size, serve)
     }
 
     /// [`VirtQueue::drain`] for chains that take their time: serves at most `budget` of them at once.
@@ -64,7 +76,7 @@ impl VirtQueue {
     /// # Errors
     /// Those of [`VirtQueue::drain`].
     pub fn drain_some(
-        &mut self,
+        &self,
         memory: &Memory,
         budget: u16,
         serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
@@ -78,14 +90,14 @@ impl VirtQueue {
     /// # Errors
     /// Those of [`VirtQueue::drain`].
     pub fn drain_untold(
-        &mut self,
+        &self,
         memory: &Memory,
         mut budget: u16,
         mut serve: impl FnMut(Chain) -> Result<Served, DeviceError>,
     ) -> Result<(), DeviceError> {
         let mut blocked = false;
         loop {
-            self.queue.disable_notification(&**memory).map_err(self.malformed())?;
+            self.want_kicks(memory, false)?;
             let before = budget;
             while budget > 0 && !blocked {
                 let Some(chain) = self.pop(memory)? else { break };
@@ -99,7 +111,7 @@ impl VirtQueue {
                 }
                 budget -= 1;
             }
-            let more = self.queue.enable_notification(&**memory).map_err(self.malformed())?;
+            let more = self.want_kicks(memory, true)?;
             if blocked || !more {
                 return Ok(());
             }
@@ -117,61 +129,55 @@ impl VirtQueue {
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
-    pub fn pop(&mut self, memory: &Memory) -> Result<Option<Chain>, DeviceError> {
-        if !self.queue.ready() {
+    pub fn pop(&self, memory: &Memory) -> Result<Option<Chain>, DeviceError> {
+        let mut state = self.state();
+        if !state.queue.ready() {
             return Ok(None);
         }
         // `pop_descriptor_chain` alone would hide a malformed ring behind an empty one.
-        let mut chains =
-            self.queue.iter(memory.clone()).map_err(|reason| DeviceError::Queue { queue: self.index, reason })?;
+        let mut chains = state.queue.iter(memory.clone()).map_err(self.malformed())?;
         Ok(chains.next())
     }
 
     /// Undoes the last [`VirtQueue::pop`].
-    pub fn put_back(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    pub fn put_back(&self) {
+        let queue = &mut self.state().queue;
+        queue.set_next_avail(queue.next_avail().wrapping_sub(1));
     }
 
     /// Gives a chain back to the driver, with this many bytes written into it.
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
-    pub fn push(&mut self, memory: &Memory, head: u16, written: u32) -> Result<(), DeviceError> {
-        self.queue.add_used(&**memory, head, written).map_err(self.malformed())
+    pub fn push(&self, memory: &Memory, head: u16, written: u32) -> Result<(), DeviceError> {
+        self.state().queue.add_used(&**memory, head, written).map_err(self.malformed())
     }
 
     /// Gives several chains back, each with the number of bytes written into it. The driver sees all of them or none.
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
-    pub fn push_all(&mut self, memory: &Memory, used: &[(u16, u32)]) -> Result<(), DeviceError> {
+    pub fn push_all(&self, memory: &Memory, used: &[(u16, u32)]) -> Result<(), DeviceError> {
         let Some((&(last, written), others)) = used.split_last() else { return Ok(()) };
-        if used.iter().any(|&(head, _)| head >= self.queue.size()) {
+        let queue = &mut self.state().queue;
+        if used.iter().any(|&(head, _)| head >= queue.size()) {
             return Err(self.malformed()(Error::InvalidDescriptorIndex));
         }
-        let mut position = self.queue.next_used();
+        let mut position = queue.next_used();
         for &(head, written) in others {
-            self.write_used(memory, position, head, written).map_err(self.malformed())?;
+            write_used(queue, memory, position, head, written).map_err(self.malformed())?;
             position = position.wrapping_add(1);
         }
         // The last one publishes all of them: the ring's index is written after it, and once.
-        self.queue.set_next_used(position);
-        self.push(memory, last, written)
-    }
-
-    /// Writes an element of the used ring, which the driver does not look at until the ring's index passes it.
-    fn write_used(&self, memory: &Memory, position: u16, head: u16, written: u32) -> Result<(), Error> {
-        let offset = 4 + 8 * u64::from(position % self.queue.size());
-        let place = self.queue.used_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
-        let element = u64::from(written) << 32 | u64::from(head);
-        memory.write_obj(element.to_le(), GuestAddress(place)).map_err(Error::GuestMemory)
+        queue.set_next_used(position);
+        queue.add_used(&**memory, last, written).map_err(self.malformed())
     }
 
     /// Tells the driver of what was pushed, if it wants to know.
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
-    pub fn notify(&mut self, memory: &Memory) -> Result<(), DeviceError> {
+    pub fn notify(&self, memory: &Memory) -> Result<(), DeviceError> {
         if self.take_notice(memory)? {
             self.interrupt.queue_used();
         }
@@ -183,36 +189,61 @@ impl VirtQueue {
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
-    pub fn take_notice(&mut self, memory: &Memory) -> Result<bool, DeviceError> {
-        let used = self.queue.next_used();
-        let notified = mem::replace(&mut self.notified, used);
-        Ok(used != notified && self.notification_wanted(memory, notified, used).map_err(self.malformed())?)
+    pub fn take_notice(&self, memory: &Memory) -> Result<bool, DeviceError> {
+        let mut state = self.state();
+        let used = state.queue.next_used();
+        let notified = mem::replace(&mut state.notified, used);
+        Ok(used != notified && notification_wanted(&state.queue, memory, notified, used).map_err(self.malformed())?)
     }
 
-    /// Whether the driver wants to know that the used ring's index went from `old` to `new`: the specification's
-    /// section 2.7.7.2. [`Queue::needs_notification`] counts the calls of `add_used`, which [`Self::push_all`] makes
-    /// fewer of than it uses chains.
-    fn notification_wanted(&self, memory: &Memory, old: u16, new: u16) -> Result<bool, Error> {
-        if !self.queue.event_idx_enabled() {
-            return Ok(true);
+    /// Takes the next chain in the name of one of several threads that serve the queue at once: the driver is asked to
+    /// tell of the chain after it, which another may take. Each has to be answered by [`VirtQueue::give`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`].
+    pub fn take(&self, memory: &Memory) -> Result<Option<Chain>, DeviceError> {
+        let queue = &mut self.state().queue;
+        if !queue.ready() {
+            return Ok(None);
         }
-        // The driver writes what it waits for and then looks at the index; we wrote the index and look at the former.
-        fence(Ordering::SeqCst);
-        let offset = 4 + 2 * u64::from(self.queue.size());
-        let place = self.queue.avail_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
-        let awaited: u16 = memory.load(GuestAddress(place), Ordering::Relaxed).map_err(Error::GuestMemory)?;
-        Ok(new.wrapping_sub(u16::from_le(awaited)).wrapping_sub(1) < new.wrapping_sub(old))
+        let chain = queue.iter(memory.clone()).map_err(self.malformed())?.next();
+        let more = queue.enable_notification(&**memory).map_err(self.malformed())?;
+        if chain.is_none() && more {
+            // It came in between.
+            self.kick();
+        }
+        Ok(chain)
+    }
+
+    /// Gives a chain back to the driver, with this many bytes written into it, and tells it if it wants to know. Nothing
+    /// happens where the driver has reset the queue meanwhile.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`].
+    pub fn give(&self, memory: &Memory, head: u16, written: u32) -> Result<(), DeviceError> {
+        let mut state = self.state();
+        if !state.queue.ready() {
+            return Ok(());
+        }
+        state.queue.add_used(&**memory, head, written).map_err(self.malformed())?;
+        let used = state.queue.next_used();
+        let notified = mem::replace(&mut state.notified, used);
+        if notification_wanted(&state.queue, memory, notified, used).map_err(self.malformed())? {
+            self.interrupt.queue_used();
+        }
+        Ok(())
     }
 
     /// Asks the driver to tell of new chains, or not; whether there are some already.
     ///
     /// # Errors
     /// [`DeviceError::Queue`].
-    pub fn want_kicks(&mut self, memory: &Memory, wanted: bool) -> Result<bool, DeviceError> {
+    pub fn want_kicks(&self, memory: &Memory, wanted: bool) -> Result<bool, DeviceError> {
+        let queue = &mut self.state().queue;
         if wanted {
-            self.queue.enable_notification(&**memory).map_err(self.malformed())
+            queue.enable_notification(&**memory).map_err(self.malformed())
         } else {
-            self.queue.disable_notification(&**memory).map_err(self.malformed())?;
+            queue.disable_notification(&**memory).map_err(self.malformed())?;
             Ok(false)
         }
     }
@@ -232,15 +263,38 @@ impl VirtQueue {
         &self.kick
     }
 
-    /// The queue as the registers know it.
+    /// The queue as the registers know it. There is nothing in it any more for whoever has a clone.
     pub fn into_queue(self) -> Queue {
-        self.queue
+        mem::take(&mut self.state().queue)
     }
 
     fn malformed(&self) -> impl Fn(Error) -> DeviceError + use<> {
         let queue = self.index;
         move |reason| DeviceError::Queue { queue, reason }
     }
+}
+
+/// Writes an element of the used ring, which the driver does not look at until the ring's index passes it.
+fn write_used(queue: &Queue, memory: &Memory, position: u16, head: u16, written: u32) -> Result<(), Error> {
+    let offset = 4 + 8 * u64::from(position % queue.size());
+    let place = queue.used_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
+    let element = u64::from(written) << 32 | u64::from(head);
+    memory.write_obj(element.to_le(), GuestAddress(place)).map_err(Error::GuestMemory)
+}
+
+/// Whether the driver wants to know that the used ring's index went from `old` to `new`: the specification's section
+/// 2.7.7.2. [`Queue::needs_notification`] counts the calls of `add_used`, which [`VirtQueue::push_all`] makes fewer of
+/// than it uses chains.
+fn notification_wanted(queue: &Queue, memory: &Memory, old: u16, new: u16) -> Result<bool, Error> {
+    if !queue.event_idx_enabled() {
+        return Ok(true);
+    }
+    // The driver writes what it waits for and then looks at the index; we wrote the index and look at the former.
+    fence(Ordering::SeqCst);
+    let offset = 4 + 2 * u64::from(queue.size());
+    let place = queue.avail_ring().checked_add(offset).ok_or(Error::AddressOverflow)?;
+    let awaited: u16 = memory.load(GuestAddress(place), Ordering::Relaxed).map_err(Error::GuestMemory)?;
+    Ok(new.wrapping_sub(u16::from_le(awaited)).wrapping_sub(1) < new.wrapping_sub(old))
 }
 
 #[cfg(test)]
@@ -261,7 +315,7 @@ mod tests {
         queue.set_used_ring_address(Some(queue.avail_ring() as u32 + 4), None);
         queue.set_avail_ring_address(Some(queue.avail_ring() as u32 + 2), None);
         assert_eq!(queue.used_ring(), queue.avail_ring() + 2);
-        let mut queue = VirtQueue::new(0, queue, Event::new().unwrap(), driver.interrupt.clone());
+        let queue = VirtQueue::new(0, queue, Event::new().unwrap(), driver.interrupt.clone());
         queue.drain(&memory, |_| panic!("there is none")).unwrap();
         assert!(queue.kick_descriptor().clear(), "it is looked at again later");
     }

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueState, QueueT as _};
 
 use super::worker::Worker;
-use super::{ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Line, Poller, VirtQueue};
+use super::{Attendant, ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Line, Poller, VirtQueue};
 use crate::confinement::Confinement;
 use crate::{Event, Memory};
 
@@ -69,6 +69,7 @@ pub struct Transport {
     kind: Kind,
     offered: u64,
     worker: Worker,
+    attendant: Option<Arc<dyn Attendant>>,
     config: ConfigSpace,
     memory: Memory,
     interrupt: Interrupt,
@@ -138,8 +139,10 @@ impl Transport {
         let constant = if config.is_changing() { 0 } else { QUEUE_INTERRUPTS };
         let offered = device.features() | TRANSPORT_FEATURES | constant;
         let interrupt = Interrupt::new(line);
+        let attendant = device.attendant();
         let worker = Worker::spawn(device, confinement).map_err(setup)?;
-        Ok(Self { kind, offered, worker, config, memory, interrupt, kicks, registers: Registers::default(), queues })
+        let registers = Registers::default();
+        Ok(Self { kind, offered, worker, attendant, config, memory, interrupt, kicks, registers, queues })
     }
 
     /// Waits until the device's thread is confined; to be called once.
@@ -155,9 +158,21 @@ impl Transport {
         self.kind
     }
 
-    /// For each queue what KVM writes when the queue's number is written to [`QUEUE_NOTIFY`].
+    /// For each queue what KVM writes when the queue's number is written to [`QUEUE_NOTIFY`]; none where there is an
+    /// attendant.
     pub fn kicks(&self) -> &[Event] {
-        &self.kicks
+        if self.attendant.is_some() { &[] } else { &self.kicks }
+    }
+
+    /// Whoever is to be called when the queue's number is written to [`QUEUE_NOTIFY`], if there is somebody.
+    pub fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        self.attendant.clone()
+    }
+
+    /// The attendant could not go on.
+    pub fn fail(&self, error: &DeviceError) {
+        self.worker.fail(self.kind, error);
+        self.interrupt.config_changed();
     }
 
     /// The driver reads.

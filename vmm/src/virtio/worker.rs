@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use rustix::event::epoll::EventFlags;
 
 use super::poller::RESERVED;
-use super::{Device, DeviceError, Io};
+use super::{Device, DeviceError, Io, Kind};
 use crate::Event;
 use crate::confinement::{Confinement, Role};
 
@@ -68,7 +68,11 @@ impl Worker {
                         }
                     };
                     if let Err(error) = serve(device.as_mut(), &mut io, &stop) {
-                        fail(device.as_ref(), &io, &failed, &error);
+                        report_failure(kind, &error);
+                        failed.store(true, Ordering::Release);
+                        if let Some(queue) = io.queues.first() {
+                            queue.interrupt().config_changed();
+                        }
                     }
                     if answers.send(io).is_err() {
                         return;
@@ -102,6 +106,12 @@ impl Worker {
         self.failed.store(false, Ordering::Release);
         self.stop.clear();
         io
+    }
+
+    /// The device gives up, for somebody else's failure in its place.
+    pub fn fail(&self, kind: Kind, error: &DeviceError) {
+        report_failure(kind, error);
+        self.failed.store(true, Ordering::Release);
     }
 
     /// Whether the device gave up.
@@ -146,7 +156,7 @@ fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event) -> Result<(), Devic
     loop {
         for ready in io.poller.wait().map_err(DeviceError::host("wait for the guest"))? {
             if ready.token == STOP {
-                return Ok(());
+                return device.rest(io);
             }
             if ready.token < RESERVED {
                 device.descriptor_ready(io, ready)?;
@@ -163,12 +173,8 @@ fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event) -> Result<(), Devic
     }
 }
 
-fn fail(device: &dyn Device, io: &Io, failed: &AtomicBool, error: &DeviceError) {
-    let kind = device.kind();
+/// Tells whoever runs the machine that a device gives up.
+fn report_failure(kind: Kind, error: &DeviceError) {
     let cause = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
     tracing::warn!("the guest's device {kind:?} stops: {error}{cause}");
-    failed.store(true, Ordering::Release);
-    if let Some(queue) = io.queues.first() {
-        queue.interrupt().config_changed();
-    }
 }

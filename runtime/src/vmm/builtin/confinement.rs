@@ -32,7 +32,7 @@ pub fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
 /// # Errors
 /// Where the host's kernel cannot.
 pub fn confine(role: Role) -> io::Result<()> {
-    if role != Role::Device(Kind::FileSystem) {
+    if !matches!(role, Role::Vcpu | Role::Device(Kind::FileSystem)) {
         share::confine::drop_all_capabilities()?;
     }
     restrict(role).map_err(io::Error::other)

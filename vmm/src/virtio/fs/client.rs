@@ -194,7 +194,14 @@ impl<D: Device> Client<D> {
     /// Puts any pieces into a queue: what the device says that it has written.
     pub fn put(&mut self, queue: usize, pieces: &[Piece<'_>]) -> Vec<u8> {
         let request = self.driver.put(queue, pieces);
-        self.device.queue_ready(&mut self.driver.io, queue).expect("a device that goes on");
+        if let Some(attendant) = self.device.attendant() {
+            attendant.attend(queue).expect("a device that goes on");
+        } else {
+            self.driver.io.queues[queue].kick();
+        }
+        if self.driver.io.queues[queue].kick_descriptor().clear() {
+            self.device.queue_ready(&mut self.driver.io, queue).expect("a device that goes on");
+        }
         let (head, written) = self.driver.used(queue).expect("the request back");
         assert_eq!(head, request.head, "another request back");
         let mut answer = self.driver.written(&request);

@@ -24,11 +24,11 @@ use crate::Memory;
 
 /// How many requests one thread serves before others have their turn: a pause, or what else the processor has to do.
 /// Requests of a megabyte are no rarity.
-const BATCH: usize = 16;
+pub(super) const BATCH: usize = 16;
 
 /// The largest request, and the largest answer, in bytes: the megabyte that virtiofsd grants, and the headers before it.
 /// What a chain has beyond is left alone, lest a single one keep the device for as long as gigabytes take.
-const MAX_MESSAGE: usize = (1 << 20) + 4096;
+pub(super) const MAX_MESSAGE: usize = (1 << 20) + 4096;
 
 /// From here on, in bytes, copying a request or its answer takes longer than to wake a thread for it.
 const LONG: u64 = 128 << 10;
@@ -75,11 +75,8 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
 
     /// A driver has made the queues ready.
     pub(super) fn open(&self, io: &Io) -> Result<(), DeviceError> {
-        let session = Session {
-            guest: io.memory.clone(),
-            memory: IoMemory::new(&io.memory)?,
-            queues: io.queues.clone(),
-        };
+        let session =
+            Session { guest: io.memory.clone(), memory: IoMemory::new(&io.memory)?, queues: io.queues.clone() };
         *lock(&self.session) = Some(Arc::new(session));
         Ok(())
     }

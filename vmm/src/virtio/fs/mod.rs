@@ -3,38 +3,34 @@
 //! The device is a transport for FUSE. What is served, and to which tree its names lead, is the business of whoever gives
 //! it a [`FileSystem`]; requests are taken apart by virtiofsd's server, the one that its daemon uses, without its daemon.
 //!
-//! Requests are served one after another by the device's thread, which costs less than to hand each to another one.
-//! So a request that takes its time lets later ones wait, and a pause as well. virtiofsd opens only regular files and
-//! directories, never a FIFO or a device that could wait for somebody, and offers no locks that wait; what is left is the
-//! host's own slowness in reading and writing.
+//! Requests are answered by the processor that tells of them, or else by the device's thread: see [`desk`]. So a request
+//! that takes its time lets its processor wait, and a pause as well. virtiofsd opens only regular files and directories,
+//! never a FIFO or a device that could wait for somebody, and offers no locks that wait; what is left is the host's own
+//! slowness in reading and writing.
 //!
-//! virtiofsd changes the umask and the working folder for a moment when it creates files or sets attributes, so the
-//! device's thread has its own: it calls `unshare(CLONE_FS)` when it is first started, which its seccomp filter has to
+//! virtiofsd changes the umask and the working folder for a moment when it creates files or sets attributes, so each
+//! thread that serves has its own: it calls `unshare(CLONE_FS)` first, which the seccomp filter of the device's has to
 //! allow. It takes users' identities and drops capabilities by system calls that are for the calling thread alone.
 
 #[cfg(any(test, feature = "driver"))]
 pub mod client;
+mod desk;
 mod guard;
 mod letter;
 mod state;
 #[cfg(test)]
 mod tests;
 
-use std::io::Write as _;
-use std::mem::size_of;
+use std::sync::Arc;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use thiserror::Error;
-use virtiofsd::Error as FuseError;
 use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
-use virtiofsd::fuse::{InHeader, OutHeader};
 use virtiofsd::server::Server;
-use vm_memory::ByteValued as _;
 
-use super::buffers::IoMemory;
-use super::{Chain, ConfigSpace, Device, DeviceError, Io, Kind, Served};
+use super::{Attendant, ConfigSpace, Device, DeviceError, Io, Kind};
+use desk::Desk;
 use guard::{Guard, Session};
-use letter::Letter;
 
 /// The longest tag, in bytes.
 pub const MAX_TAG: usize = 36;
@@ -46,16 +42,8 @@ const URGENT_QUEUE_SIZE: u16 = 128;
 /// less four: this one lets it have the whole megabyte that virtiofsd grants it, and more than one system call takes.
 const REQUEST_QUEUE_SIZE: u16 = super::buffers::MAX_BUFFERS;
 
-/// The first is the urgent one. One thread serves them all, so more of them would serve nobody.
+/// The first is the urgent one. All processors share the other: a request takes no longer in it than in one of its own.
 const QUEUES: [u16; 2] = [URGENT_QUEUE_SIZE, REQUEST_QUEUE_SIZE];
-
-/// How many requests are served before the guest is told and the machine may be paused. Requests of a megabyte are no
-/// rarity, and whoever waits for the first one should not wait for all of a full queue.
-const BATCH: u16 = 16;
-
-/// The largest request, and the largest answer, in bytes: the megabyte that virtiofsd grants, and the headers before it.
-/// What a chain has beyond is left alone, lest a single one keep the device for as long as gigabytes take.
-const MAX_MESSAGE: usize = (1 << 20) + 4096;
 
 /// A tag that a guest cannot mount by, or no memory.
 #[derive(Debug, Error)]
@@ -70,12 +58,9 @@ pub enum FsError {
 
 /// A virtio-fs device.
 pub struct Fs<F: FileSystem + Sync> {
-    server: Server<Guard<F>>,
+    desk: Arc<Desk<F>>,
     session: Session,
     config: ConfigSpace,
-    memory: Option<IoMemory>,
-    /// Takes answers for which the guest has left no room.
-    nowhere: Letter,
     /// Whether the device's thread has its own umask and working folder.
     apart: bool,
 }
@@ -94,49 +79,16 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Fs<F> {
         let request_queues = QUEUES.len() as u32 - 1;
         config.extend(request_queues.to_le_bytes());
         let session = Session::default();
-        Ok(Self {
-            server: Server::new(Guard::new(served, session.clone())),
-            session,
-            config: ConfigSpace::new(config),
-            memory: None,
-            nowhere: Letter::new(&[])?,
-            apart: false,
-        })
-    }
-
-    /// Serves a request; how much was written into it.
-    fn serve(&self, memory: &IoMemory, chain: &Chain) -> u32 {
-        let Ok((mut reader, mut writer)) = memory.buffers(chain) else { return 0 };
-        // Each keeps what is before; the rest is dropped here, and there may be none.
-        let _ = (reader.split_at(MAX_MESSAGE), writer.split_at(MAX_MESSAGE));
-        // The server takes it for granted that there is room for an answer's header, but there is none where the guest
-        // wants no answer.
-        let served = if writer.available_bytes() < size_of::<OutHeader>() {
-            let Ok(nowhere) = self.nowhere.writer() else { return 0 };
-            self.server.handle_message(reader, nowhere, None::<&mut ()>).map(|_| 0)
-        } else {
-            self.server.handle_message(reader, writer, None::<&mut ()>)
-        };
-        match served {
-            Ok(written) => u32::try_from(written).unwrap_or(0),
-            Err(error) => refuse(memory, chain, &error).unwrap_or(0),
-        }
+        let desk = Arc::new(Desk::new(Server::new(Guard::new(served, session.clone())))?);
+        Ok(Self { desk, session, config: ConfigSpace::new(config), apart: false })
     }
 }
 
-/// Answers a request that the server can make nothing of, or whose answer it has no room for.
-fn refuse(memory: &IoMemory, chain: &Chain, error: &FuseError) -> Option<u32> {
-    tracing::debug!("the guest's request to its file system is malformed: {error}");
-    let (mut reader, mut writer) = memory.buffers(chain).ok()?;
-    let errno = match error {
-        FuseError::EncodeMessage(_) | FuseError::FlushMessage(_) => libc::EIO,
-        _ => libc::EINVAL,
-    };
-    let length = size_of::<OutHeader>() as u32;
-    let header: InHeader = reader.read_obj().ok()?;
-    let answer = OutHeader { len: length, error: -errno, unique: header.unique };
-    writer.write_all(answer.as_slice()).ok()?;
-    Some(length)
+/// Gives the calling thread an umask and a working folder of its own.
+fn apart() -> Result<(), DeviceError> {
+    // SAFETY: the table of descriptors stays shared.
+    unsafe { unshare_unsafe(UnshareFlags::FS) }
+        .map_err(|errno| DeviceError::host("give a thread its own working folder")(errno.into()))
 }
 
 impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Device for Fs<F> {
@@ -152,37 +104,41 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Device for 
         self.config.clone()
     }
 
-    fn start(&mut self, io: &mut Io) -> Result<(), DeviceError> {
-        if !self.apart {
-            // SAFETY: the table of descriptors stays shared.
-            unsafe { unshare_unsafe(UnshareFlags::FS) }
-                .map_err(|errno| DeviceError::host("give a thread its own working folder")(errno.into()))?;
-            self.apart = true;
-        }
-        self.memory = Some(IoMemory::new(&io.memory)?);
-        Ok(())
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        Some(self.desk.clone())
     }
 
-    fn queue_ready(&mut self, io: &mut Io, queue: usize) -> Result<(), DeviceError> {
-        let Some(memory) = &self.memory else { return Ok(()) };
-        let guest = io.memory.clone();
-        io.queues[queue].drain_some(&guest, BATCH, |chain| Ok(Served::Done(self.serve(memory, &chain))))
+    fn start(&mut self, io: &mut Io) -> Result<(), DeviceError> {
+        if !self.apart {
+            apart()?;
+            self.apart = true;
+        }
+        self.desk.open(io)
+    }
+
+    fn queue_ready(&mut self, _: &mut Io, queue: usize) -> Result<(), DeviceError> {
+        self.desk.work(queue)
+    }
+
+    fn rest(&mut self, _: &mut Io) -> Result<(), DeviceError> {
+        self.desk.clear()
     }
 
     fn reset(&mut self) {
-        self.server.destroy();
+        self.desk.close();
+        self.desk.server.destroy();
     }
 
     fn save(&mut self) -> Result<Vec<u8>, DeviceError> {
-        self.session.capable().map_or(Ok(Vec::new()), |capable| state::save(&self.server, capable))
+        self.session.capable().map_or(Ok(Vec::new()), |capable| state::save(&self.desk.server, capable))
     }
 
     fn restore(&mut self, saved: &[u8]) -> Result<(), DeviceError> {
         if saved.is_empty() {
             return Ok(());
         }
-        state::restore(&self.server, saved).inspect_err(|_| {
-            self.server.destroy();
+        state::restore(&self.desk.server, saved).inspect_err(|_| {
+            self.desk.server.destroy();
         })
     }
 }

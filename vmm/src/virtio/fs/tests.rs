@@ -1,15 +1,18 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
+use std::thread;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::TempDir;
-use virtiofsd::fuse::{BatchForgetIn, CopyfilerangeIn, LkIn, OpenIn, ReadIn};
+use virtiofsd::fuse::{BatchForgetIn, CopyfilerangeIn, LkIn, OpenIn, OutHeader, ReadIn};
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, PassthroughFs};
+use vm_memory::ByteValued as _;
 
 use super::super::driver::Piece;
 use super::client::{Client, Opcode, REQUESTS, ROOT};
+use super::desk::{BATCH, MAX_MESSAGE};
 use super::*;
 use crate::confinement::{Role, in_role};
 
@@ -121,6 +124,7 @@ fn a_reset_lets_go_of_everything() {
 
     guest.device.reset();
     assert_eq!(open_files(root), 0);
+    guest.device.start(&mut guest.driver.io).unwrap();
     assert_eq!(guest.read(file.node, handle, 0, 1), Err(libc::EBADF));
     assert!(guest.device.save().unwrap().is_empty());
     guest.begin().unwrap();
@@ -182,59 +186,72 @@ fn a_session_goes_on_in_another_device() {
 }
 
 #[test]
+fn requests_take_no_more_than_a_processors_thread_may() {
+    let tree = tree();
+    let mut guest = Client::new(device(tree.path())).unwrap();
+    in_role(Role::Vcpu, || make_all_requests(&mut guest));
+}
+
+#[test]
 fn requests_take_no_more_than_the_devices_thread_may() {
     let tree = tree();
     let mut guest = Client::new(device(tree.path())).unwrap();
     let mut second = device(tree.path());
     in_role(Role::Device(Kind::FileSystem), || {
-        guest.begin().unwrap();
-        let folder = guest.find("folder").unwrap().node;
-        let (new, handle) = guest.create(folder, "new").unwrap();
-        assert_eq!(guest.write(new.node, handle, 0, b"content"), Ok(7));
-        assert_eq!(guest.read(new.node, handle, 0, 100).unwrap(), b"content");
-        let words = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
-        let mode_and_mask = |mode: u32| words(&[mode.into()]);
-        // Mode, owner, size and both times.
-        let mut attributes = words(&[0b1_1111_1011, handle, 3, 0, 0, 0, 0, 0, 0o600 << 32, 0, 0]);
-        attributes[72..76].copy_from_slice(&0o600u32.to_le_bytes());
-        let extended = [&words(&[4, 0])[..], b"user.runvm\0", b"set!"].concat();
-        let listed = [&4096u64.to_le_bytes()[..], b"user.runvm\0"].concat();
-        for (what, node, arguments) in [
-            (Opcode::Mkdir, folder, [&mode_and_mask(0o755)[..], b"made\0"].concat()),
-            (Opcode::Mknod, folder, [&words(&[u64::from(libc::S_IFIFO | 0o600), 0])[..], b"fifo\0"].concat()),
-            (Opcode::Symlink, folder, b"link\0file\0".to_vec()),
-            (Opcode::Link, folder, [&words(&[new.node])[..], b"again\0"].concat()),
-            (Opcode::Rename2, folder, [&words(&[folder, 0])[..], b"again\0other\0"].concat()),
-            (Opcode::Unlink, folder, b"other\0".to_vec()),
-            (Opcode::Rmdir, folder, b"made\0".to_vec()),
-            (Opcode::Getattr, new.node, words(&[0, 0])),
-            (Opcode::Setattr, new.node, attributes),
-            (Opcode::Setxattr, new.node, extended),
-            (Opcode::Getxattr, new.node, listed.clone()),
-            (Opcode::Listxattr, new.node, words(&[4096])),
-            (Opcode::Removexattr, new.node, b"user.runvm\0".to_vec()),
-            (Opcode::Statfs, new.node, Vec::new()),
-            (Opcode::Access, new.node, words(&[4])),
-            (Opcode::Fallocate, new.node, words(&[handle, 0, 4096, 0])),
-            (Opcode::Lseek, new.node, words(&[handle, 0, libc::SEEK_DATA as u64])),
-            (Opcode::CopyFileRange, new.node, words(&[handle, 0, new.node, handle, 8192, 3, 0])),
-            (Opcode::Fsync, new.node, words(&[handle, 0])),
-            (Opcode::Fsync, new.node, words(&[handle, 1])),
-            (Opcode::Syncfs, ROOT, words(&[0])),
-        ] {
-            let answer = guest.request(what, node, &[&arguments]);
-            assert!(matches!(answer, Ok(_) | Err(libc::EOPNOTSUPP)), "{what:?}: {answer:?}");
-        }
-        let closed = guest.request(Opcode::Flush, new.node, &[&words(&[handle, 0, 0])]);
-        assert_eq!(closed, Err(libc::ENOSYS), "a file is closed without a word");
-        let link = guest.find("folder/link").unwrap().node;
-        assert_eq!(guest.request(Opcode::Readlink, link, &[]).unwrap(), b"file");
+        let (node, handle) = make_all_requests(&mut guest);
         second.restore(&guest.device.save().unwrap()).unwrap();
         second.start(&mut guest.driver.io).unwrap();
         guest.device = second;
-        assert_eq!(guest.read(new.node, handle, 0, 3).unwrap(), b"con");
+        assert_eq!(guest.read(node, handle, 0, 3).unwrap(), b"con");
         guest.device.reset();
     });
+}
+
+/// One of each kind; a file that is left, and its handle.
+fn make_all_requests(guest: &mut Guest) -> (u64, u64) {
+    guest.begin().unwrap();
+    let folder = guest.find("folder").unwrap().node;
+    let (new, handle) = guest.create(folder, "new").unwrap();
+    assert_eq!(guest.write(new.node, handle, 0, b"content"), Ok(7));
+    assert_eq!(guest.read(new.node, handle, 0, 100).unwrap(), b"content");
+    let words = |numbers: &[u64]| numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>();
+    let mode_and_mask = |mode: u32| words(&[mode.into()]);
+    // Mode, owner, size and both times.
+    let mut attributes = words(&[0b1_1111_1011, handle, 3, 0, 0, 0, 0, 0, 0o600 << 32, 0, 0]);
+    attributes[72..76].copy_from_slice(&0o600u32.to_le_bytes());
+    let extended = [&words(&[4, 0])[..], b"user.runvm\0", b"set!"].concat();
+    let listed = [&4096u64.to_le_bytes()[..], b"user.runvm\0"].concat();
+    for (what, node, arguments) in [
+        (Opcode::Mkdir, folder, [&mode_and_mask(0o755)[..], b"made\0"].concat()),
+        (Opcode::Mknod, folder, [&words(&[u64::from(libc::S_IFIFO | 0o600), 0])[..], b"fifo\0"].concat()),
+        (Opcode::Symlink, folder, b"link\0file\0".to_vec()),
+        (Opcode::Link, folder, [&words(&[new.node])[..], b"again\0"].concat()),
+        (Opcode::Rename2, folder, [&words(&[folder, 0])[..], b"again\0other\0"].concat()),
+        (Opcode::Unlink, folder, b"other\0".to_vec()),
+        (Opcode::Rmdir, folder, b"made\0".to_vec()),
+        (Opcode::Getattr, new.node, words(&[0, 0])),
+        (Opcode::Setattr, new.node, attributes),
+        (Opcode::Setxattr, new.node, extended),
+        (Opcode::Getxattr, new.node, listed.clone()),
+        (Opcode::Listxattr, new.node, words(&[4096])),
+        (Opcode::Removexattr, new.node, b"user.runvm\0".to_vec()),
+        (Opcode::Statfs, new.node, Vec::new()),
+        (Opcode::Access, new.node, words(&[4])),
+        (Opcode::Fallocate, new.node, words(&[handle, 0, 4096, 0])),
+        (Opcode::Lseek, new.node, words(&[handle, 0, libc::SEEK_DATA as u64])),
+        (Opcode::CopyFileRange, new.node, words(&[handle, 0, new.node, handle, 8192, 3, 0])),
+        (Opcode::Fsync, new.node, words(&[handle, 0])),
+        (Opcode::Fsync, new.node, words(&[handle, 1])),
+        (Opcode::Syncfs, ROOT, words(&[0])),
+    ] {
+        let answer = guest.request(what, node, &[&arguments]);
+        assert!(matches!(answer, Ok(_) | Err(libc::EOPNOTSUPP)), "{what:?}: {answer:?}");
+    }
+    let closed = guest.request(Opcode::Flush, new.node, &[&words(&[handle, 0, 0])]);
+    assert_eq!(closed, Err(libc::ENOSYS), "a file is closed without a word");
+    let link = guest.find("folder/link").unwrap().node;
+    assert_eq!(guest.request(Opcode::Readlink, link, &[]).unwrap(), b"file");
+    (new.node, handle)
 }
 
 #[test]
@@ -368,17 +385,110 @@ fn no_request_takes_as_long_as_it_likes() {
 fn a_full_queue_is_served_in_batches() {
     let tree = tree();
     let mut guest = guest(tree.path());
-    let requests: Vec<_> = (0..3 * usize::from(BATCH))
+    let requests: Vec<_> = (0..3 * BATCH)
         .map(|_| {
             let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
             guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)])
         })
         .collect();
-    for batch in requests.chunks(BATCH.into()) {
+    let attendant = guest.device.attendant().unwrap();
+    for (turn, batch) in requests.chunks(BATCH).enumerate() {
         assert!(guest.driver.used(REQUESTS).is_none());
-        guest.device.queue_ready(&mut guest.driver.io, REQUESTS).unwrap();
+        // By a processor, and by the device's thread, which it leaves the rest to.
+        if turn == 0 {
+            attendant.attend(REQUESTS).unwrap();
+            assert!(guest.driver.io.queues[REQUESTS].kick_descriptor().clear());
+        } else {
+            guest.device.queue_ready(&mut guest.driver.io, REQUESTS).unwrap();
+        }
         for request in batch {
             assert_eq!(guest.driver.used(REQUESTS), Some((request.head, 120)));
         }
     }
+}
+
+#[test]
+fn what_takes_long_is_left_to_the_devices_thread() {
+    let tree = tree();
+    fs::File::create(tree.path().join("large")).unwrap().set_len(1 << 20).unwrap();
+    let mut guest = guest(tree.path());
+    let node = guest.find("large").unwrap().node;
+    let handle = guest.open(node, libc::O_RDWR).unwrap();
+    let read = ReadIn { fh: handle, size: 1 << 20, ..Default::default() };
+    let sync = [handle, 0].map(u64::to_le_bytes).concat();
+    let attendant = guest.device.attendant().unwrap();
+    for (what, arguments, room, long) in [
+        (Opcode::Read, read.as_slice(), 1 << 20, true),
+        (Opcode::Read, read.as_slice(), 4096, false),
+        (Opcode::Fsync, &sync, 256, true),
+        (Opcode::Getattr, &[0; 16], 256, false),
+    ] {
+        let request = guest.compose(what as u32, node, &[arguments]);
+        let put = guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(room)]);
+        attendant.attend(REQUESTS).unwrap();
+        assert_eq!(guest.driver.io.queues[REQUESTS].kick_descriptor().clear(), long, "{what:?}");
+        let answered = guest.driver.used(REQUESTS);
+        assert_eq!(answered.is_none(), long, "{what:?}");
+        // Before a pause everything is answered.
+        guest.device.rest(&mut guest.driver.io).unwrap();
+        let (head, _) = answered.or_else(|| guest.driver.used(REQUESTS)).unwrap();
+        assert_eq!(head, put.head, "{what:?}");
+    }
+}
+
+#[test]
+fn no_more_is_left_to_the_devices_thread_than_a_queue_holds() {
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    let node = guest.find("folder/file").unwrap().node;
+    let handle = guest.open(node, libc::O_RDWR).unwrap();
+    let request = guest.compose(Opcode::Fsync as u32, node, &[&[handle, 0].map(u64::to_le_bytes).concat()]);
+    let put = guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]);
+    let attendant = guest.device.attendant().unwrap();
+    // The same one again and again, as no driver would.
+    let mut attended = 0;
+    while guest.driver.used(REQUESTS).is_none() {
+        assert!(attended <= usize::from(REQUEST_QUEUE_SIZE), "{attended} are left");
+        for _ in 0..BATCH {
+            guest.driver.offer(REQUESTS, put.head);
+        }
+        attendant.attend(REQUESTS).unwrap();
+        attended += BATCH;
+    }
+    assert!(attended >= usize::from(REQUEST_QUEUE_SIZE), "only {attended} were left");
+}
+
+#[test]
+fn several_processors_are_served_at_once() {
+    const EACH: usize = 300;
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
+    let mut expected: Vec<_> = (0..2 * EACH)
+        .map(|_| guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]).head)
+        .collect();
+    let attendant = guest.device.attendant().unwrap();
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| (0..2 * EACH / BATCH + 1).for_each(|_| attendant.attend(REQUESTS).unwrap()));
+        }
+    });
+    let mut answered: Vec<_> = std::iter::from_fn(|| guest.driver.used(REQUESTS)).collect();
+    assert!(answered.iter().all(|&(_, written)| written == 120));
+    answered.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(answered.into_iter().map(|(head, _)| head).collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn a_device_that_was_reset_answers_nobody() {
+    let tree = tree();
+    let mut guest = guest(tree.path());
+    let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
+    guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]);
+    let attendant = guest.device.attendant().unwrap();
+    guest.device.reset();
+    attendant.attend(REQUESTS).unwrap();
+    assert_eq!(guest.driver.used(REQUESTS), None);
+    attendant.attend(usize::MAX).unwrap();
 }
