@@ -11,10 +11,10 @@ use libc::{
     SYS_fchdir, SYS_fchmod, SYS_fchmodat, SYS_fchownat, SYS_fcntl, SYS_fdatasync, SYS_fgetxattr, SYS_flistxattr,
     SYS_fremovexattr, SYS_fsetxattr, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getdents64,
     SYS_getegid, SYS_geteuid, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_getxattr, SYS_ioctl, SYS_linkat,
-    SYS_listxattr, SYS_lseek, SYS_madvise, SYS_memfd_create, SYS_mkdirat, SYS_mknodat, SYS_mmap, SYS_mprotect,
-    SYS_mremap, SYS_munmap, SYS_name_to_handle_at, SYS_newfstatat, SYS_openat, SYS_openat2, SYS_ppoll, SYS_prctl,
-    SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readlinkat, SYS_readv,
-    SYS_recvfrom, SYS_recvmsg, SYS_removexattr, SYS_renameat2, SYS_restart_syscall, SYS_rt_sigaction,
+    SYS_listxattr, SYS_lseek, SYS_madvise, SYS_memfd_create, SYS_mincore, SYS_mkdirat, SYS_mknodat, SYS_mmap,
+    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_name_to_handle_at, SYS_newfstatat, SYS_openat, SYS_openat2, SYS_ppoll,
+    SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readlinkat,
+    SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_removexattr, SYS_renameat2, SYS_restart_syscall, SYS_rt_sigaction,
     SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_sendmsg, SYS_sendto,
     SYS_setgroups, SYS_setresgid, SYS_setresuid, SYS_setxattr, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_symlinkat,
     SYS_syncfs, SYS_tgkill, SYS_umask, SYS_unlinkat, SYS_unshare, SYS_utimensat, SYS_write, SYS_writev, c_long,
@@ -53,9 +53,19 @@ const EVERY_THREAD: &[c_long] = &[
     SYS_exit_group,
 ];
 
-/// The owner, who talks to whoever made the process, lets devices go on with new pollers, and saves the machine.
-const OWNER: &[c_long] =
-    &[SYS_recvfrom, SYS_ppoll, SYS_epoll_create1, SYS_pread64, SYS_pwrite64, SYS_ftruncate, SYS_fsync, SYS_statx];
+/// The owner, who talks to whoever made the process, lets devices go on with new pollers, and saves the machine or trims
+/// its memory.
+const OWNER: &[c_long] = &[
+    SYS_recvfrom,
+    SYS_ppoll,
+    SYS_epoll_create1,
+    SYS_pread64,
+    SYS_pwrite64,
+    SYS_ftruncate,
+    SYS_fsync,
+    SYS_statx,
+    SYS_mincore,
+];
 
 /// A processor: a write to a register can start a device anew, with a poller of its own.
 const VCPU: &[c_long] = &[SYS_epoll_create1];

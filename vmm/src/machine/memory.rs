@@ -29,18 +29,16 @@ const LAZY: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
 pub const BLOCK: u64 = 2 << 20;
 
 /// A block of memory in a file. In files the regions come one after the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Block {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Block(
     /// The how-manieth.
-    pub index: u32,
-    /// Whether the guest never writes to it in the ordinary course of things.
-    pub constant: bool,
-}
+    pub u32,
+);
 
 impl Block {
     /// Where it is in a file, in bytes.
     pub fn offset(self) -> u64 {
-        u64::from(self.index) * BLOCK
+        u64::from(self.0) * BLOCK
     }
 
     /// Where it is for the guest. No block lies in two regions.
@@ -56,14 +54,14 @@ impl Block {
         region.get_slice(start, length as usize).ok()
     }
 
-    fn bring(
-        self,
-        memory: &Memory,
-        file: &File,
-        how: fn(&VolatileSlice, &File, i64) -> io::Result<()>,
-    ) -> Result<(), MemoryError> {
-        let part = self.of(memory).ok_or(MemoryError::Block(self.index))?;
-        how(&part, file, self.offset() as i64).map_err(MemoryError::File)
+    /// All of memory of that size, in bytes.
+    pub fn all(size: u64) -> impl Iterator<Item = Self> {
+        (0..size.div_ceil(BLOCK) as u32).map(Self)
+    }
+
+    fn copy(self, memory: &Memory, file: &File) -> Result<(), MemoryError> {
+        let part = self.of(memory).ok_or(MemoryError::Block(self.0))?;
+        copy(&part, file, self.offset() as i64).map_err(MemoryError::File)
     }
 }
 
@@ -116,18 +114,15 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     assemble(regions)
 }
 
-/// Memory that begins as these blocks of `file`, and never writes to it; it is there once the [`Filling`] is complete. A
-/// constant block is the file's, and with it every other machine's, until it is written to all the same. The others are
-/// copied: a large page at once is quicker than many of its small ones whenever the guest comes to one.
+/// Memory that begins as these blocks of `file`; it is there once the [`Filling`] is complete. They are copied: a large page
+/// at once is quicker than many of its small ones whenever the guest comes to one.
 ///
 /// # Errors
 /// [`MemoryError`].
 pub fn from_file(size: u64, file: &File, blocks: &[Block]) -> Result<(Memory, Filling), MemoryError> {
     let memory = anonymous(size, true)?;
     let file = file.try_clone().map_err(MemoryError::File)?;
-    let (constant, copied): (Vec<_>, Vec<_>) = blocks.iter().copied().partition(|block| block.constant);
-    constant.into_iter().try_for_each(|block| block.bring(&memory, &file, lay_over))?;
-    let work = Arc::new(Work { memory: memory.clone(), file, blocks: copied, next: AtomicUsize::new(0) });
+    let work = Arc::new(Work { memory: memory.clone(), file, blocks: blocks.to_vec(), next: AtomicUsize::new(0) });
     let helper = thread::Builder::new().spawn({
         let work = work.clone();
         move || work.take_part()
@@ -179,7 +174,7 @@ struct Work {
 impl Work {
     fn take_part(&self) -> Result<(), MemoryError> {
         while let Some(block) = self.blocks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            block.bring(&self.memory, &self.file, copy)?;
+            block.copy(&self.memory, &self.file)?;
         }
         Ok(())
     }
@@ -196,7 +191,8 @@ fn map(length: u64) -> Result<MmapRegion, MemoryError> {
         .map_err(|error| MemoryError::Map(length, error))
 }
 
-fn lay_over(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
+/// Lays a part of a file over memory: nobody sees it change, nor the file.
+pub(super) fn lay_over(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
     let (address, flags) = (part.ptr_guard_mut().as_ptr().cast(), LAZY | libc::MAP_FIXED);
     // SAFETY: what is mapped over is memory of the region that `part` borrows, which unmaps all of its range in the end.
     let mapped = unsafe { libc::mmap(address, part.len(), PROTECTION, flags, file.as_raw_fd(), offset) };
@@ -254,7 +250,7 @@ mod tests {
     fn memory_from_a_file_leaves_it_alone() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; 5 << 20]).unwrap();
-        let blocks = [(0, true), (2, false)].map(|(index, constant)| Block { index, constant });
+        let blocks = [0, 2].map(Block);
         let filled = |size: u64, blocks: &[Block]| {
             let (memory, filling) = from_file(size, &file, blocks)?;
             filling.complete().map(|()| memory)
@@ -274,7 +270,7 @@ mod tests {
 
     #[test]
     fn blocks_beyond_the_devices_are_told_by_their_number() {
-        let block = |offset: u64| Block { index: (offset / BLOCK) as u32, constant: false };
+        let block = |offset: u64| Block((offset / BLOCK) as u32);
         assert_eq!(block(LOW_END - BLOCK).address(), GuestAddress(LOW_END - BLOCK));
         assert_eq!(block(LOW_END).address(), GuestAddress(HIGH_START));
     }

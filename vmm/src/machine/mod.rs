@@ -2,15 +2,16 @@
 
 mod bus;
 pub mod memory;
+mod origin;
 mod snapshot;
 mod vcpu;
 pub mod x86;
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -23,7 +24,8 @@ use crate::virtio::Device;
 use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
 use crate::{Event, Memory};
 use bus::{Bus, Console, ConsoleLine, DEVICES, FIRST_INTERRUPT, MAX_DEVICES, Pin, SERIAL_INTERRUPT};
-use memory::MemoryError;
+use memory::{Block, MemoryError};
+use origin::Origin;
 use snapshot::Saved;
 pub use snapshot::{PageMap, SnapshotError};
 #[cfg(feature = "driver")]
@@ -147,8 +149,9 @@ pub struct Machine {
     ended: Arc<Event>,
     vm: Arc<VmFd>,
     memory: Memory,
-    /// The numbers of its memory's constant blocks.
-    constant: HashSet<u32>,
+    origin: Origin,
+    /// The blocks of its memory that were, and may be there without a page of theirs.
+    trimmed: Mutex<BTreeSet<Block>>,
     flavour: Flavour,
     msrs: Vec<u32>,
 }
@@ -159,7 +162,8 @@ impl Machine {
     /// # Errors
     /// [`MachineError`].
     pub fn boot(config: Config, mut kernel: Kernel) -> Result<Self, MachineError> {
-        let memory = memory::anonymous(config.memory, config.huge_pages)?;
+        let size = config.memory;
+        let memory = memory::anonymous(size, config.huge_pages)?;
         let vcpu_count = config.vcpus;
         let (supported, parts) = Parts::make(config, memory)?;
         kernel.command_line.push_str(&device_parameters(parts.devices.len()));
@@ -168,7 +172,8 @@ impl Machine {
             describe(vcpu, &supported, index, vcpu_count)?;
             registers::set(vcpu, (index == 0).then_some(entry)).map_err(kvm("set a processor's registers"))?;
         }
-        parts.assemble(x86::boot::constant_blocks(&kernel.image))
+        let origin = Origin::new(size, &x86::boot::pieces(&kernel, size)?)?;
+        parts.assemble(origin)
     }
 
     /// Lets it run.
@@ -183,6 +188,30 @@ impl Machine {
         self.bus.devices().for_each(|mut device| device.rest());
     }
 
+    /// Gives back to the host what of its memory is still as it began. The machine stands still for a millisecond or two at
+    /// a time, and comes to the pages that it uses anew: to be called when it has nothing to do.
+    ///
+    /// # Errors
+    /// Where the host cannot (Linux does it from 5.13 on): what was given back until then is, and nothing else is changed.
+    pub fn trim(&self) -> io::Result<()> {
+        for block in Block::all(memory::size(&self.memory)) {
+            if !origin::is_there(block, &self.memory)? {
+                continue;
+            }
+            self.pause();
+            let replaced = self.origin.replace(block, &self.memory);
+            self.resume();
+            if replaced? {
+                self.trimmed().insert(block);
+            }
+        }
+        Ok(())
+    }
+
+    fn trimmed(&self) -> MutexGuard<'_, BTreeSet<Block>> {
+        self.trimmed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes a paused machine into two empty files; it can go on afterwards. `pages` is this process's.
     ///
     /// # Errors
@@ -193,7 +222,7 @@ impl Machine {
         let saved = Saved {
             flavour: self.flavour,
             memory: memory::size(&self.memory),
-            blocks: snapshot::write_memory(&self.memory, &self.constant, pages, memory)?,
+            blocks: snapshot::write_memory(&self.memory, &self.trimmed(), pages, memory)?,
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: x86::state::save_vm(&self.vm)?,
             devices: self.bus.devices().map(|device| device.save()).collect::<Result<_, _>>()?,
@@ -219,6 +248,7 @@ impl Machine {
             return mismatch("devices");
         }
         let vcpu_count = config.vcpus;
+        let origin = Origin::of_template(saved.memory, memory)?;
         let (memory, filling) = snapshot::read_memory(saved.memory, &saved.blocks, memory)?;
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
@@ -235,7 +265,7 @@ impl Machine {
         for (device, saved) in parts.devices.iter_mut().zip(saved.devices) {
             device.restore(saved)?;
         }
-        parts.assemble(saved.blocks.iter().filter(|block| block.constant).map(|block| block.index).collect())
+        parts.assemble(origin)
     }
 
     /// Waits for its end.
@@ -313,7 +343,7 @@ impl Parts {
         Ok((supported, Self { vm, memory, vcpus, devices, console, confinement, flavour, msrs }))
     }
 
-    fn assemble(self, constant: HashSet<u32>) -> Result<Machine, MachineError> {
+    fn assemble(self, origin: Origin) -> Result<Machine, MachineError> {
         self.devices.iter().try_for_each(Transport::ready)?;
         let bus = Arc::new(Bus::new(self.devices, self.console));
         let (sender, ends) = mpsc::channel();
@@ -328,7 +358,8 @@ impl Parts {
             ended: telling.told,
             vm: self.vm,
             memory: self.memory,
-            constant,
+            origin,
+            trimmed: Mutex::default(),
             flavour: self.flavour,
             msrs: self.msrs,
         })

@@ -5,7 +5,7 @@
 //! zero. The memory file is the guest's memory, region after region, with holes for the other blocks; clones never write
 //! to it. Whatever comes back from either is as untrusted as a guest.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt as _;
@@ -22,7 +22,7 @@ use crate::virtio::transport::SavedTransport;
 
 const MAGIC: [u8; 8] = *b"RUNVM-VM";
 /// To be raised whenever the body's form or meaning changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 24;
 /// No machine has more beside its memory.
 const MAX_BODY: u64 = 256 << 20;
@@ -30,6 +30,9 @@ const MAX_BODY: u64 = 256 << 20;
 const NO_MEMORY: &str = "its memory cannot be had";
 
 const PAGE: usize = 4096;
+/// The host keeps a file in memory in the pieces that it was written in, and may map all of one where a page of it is
+/// touched; it maps as much around it anyway (`fault_around_bytes`).
+const PIECE: usize = 64 << 10;
 const ZERO: [u8; PAGE] = [0; PAGE];
 
 /// A machine at rest, without its memory.
@@ -148,32 +151,33 @@ fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
-/// Writes memory into an empty file, and tells which blocks: all that are not zero, and all constant ones.
+/// Writes memory into an empty file, and tells which blocks: all that are not zero. Those that were `trimmed` may be there
+/// although no page of theirs is.
 pub(super) fn write_memory(
     memory: &Memory,
-    constant: &HashSet<u32>,
+    trimmed: &BTreeSet<Block>,
     pages: &PageMap,
     file: &File,
 ) -> Result<Vec<Block>, SnapshotError> {
-    write_blocks(memory, constant, pages, file).map_err(failed("write the guest's memory"))
+    write_blocks(memory, trimmed, pages, file).map_err(failed("write the guest's memory"))
 }
 
-fn write_blocks(memory: &Memory, constant: &HashSet<u32>, pages: &PageMap, file: &File) -> io::Result<Vec<Block>> {
+fn write_blocks(memory: &Memory, trimmed: &BTreeSet<Block>, pages: &PageMap, file: &File) -> io::Result<Vec<Block>> {
     let size = memory::size(memory);
     file.set_len(size)?;
     let mut written = Vec::new();
     let mut bytes = vec![0; BLOCK as usize];
-    for index in 0..size.div_ceil(BLOCK) as u32 {
-        let block = Block { index, constant: constant.contains(&index) };
+    for block in Block::all(size) {
         let part = block.of(memory).ok_or(io::ErrorKind::InvalidInput)?;
-        if !block.constant && !pages.any(&part)? {
+        if !trimmed.contains(&block) && !pages.any(&part)? {
             continue;
         }
         let bytes = &mut bytes[..part.len()];
         part.copy_to(bytes);
-        // Whole, so that the host can keep it, and map it, in a large page.
-        if block.constant || bytes.chunks(PAGE).any(|page| page != &ZERO[..page.len()]) {
-            file.write_all_at(bytes, block.offset())?;
+        if bytes.chunks(PAGE).any(|page| page != &ZERO[..page.len()]) {
+            for (offset, piece) in (block.offset()..).step_by(PIECE).zip(bytes.chunks(PIECE)) {
+                file.write_all_at(piece, offset)?;
+            }
             written.push(block);
         }
     }
@@ -186,7 +190,7 @@ pub(super) fn read_memory(size: u64, blocks: &[Block], file: &File) -> Result<(M
     if length != size {
         return Err(SnapshotError::Damaged("its memory has another length"));
     }
-    if !blocks.is_sorted_by(|one, next| one.index < next.index) {
+    if !blocks.is_sorted_by(|one, next| one < next) {
         return Err(SnapshotError::Damaged("its memory is not in order"));
     }
     memory::from_file(size, file, blocks).map_err(|_| SnapshotError::Damaged(NO_MEMORY))
@@ -241,14 +245,14 @@ mod tests {
             memory.write_obj(value, GuestAddress(place)).unwrap();
         }
         let _: u8 = memory.read_obj(GuestAddress(10 << 20)).unwrap();
-        let write = |memory: &Memory, constant: &HashSet<u32>| {
+        let write = |memory: &Memory| {
             let file = tempfile::tempfile().unwrap();
-            let blocks = write_memory(memory, constant, &PageMap::open().unwrap(), &file).unwrap();
+            let blocks = write_memory(memory, &BTreeSet::new(), &PageMap::open().unwrap(), &file).unwrap();
             (file, blocks)
         };
-        let (file, blocks) = write(&memory, &HashSet::from([0, 7]));
-        assert_eq!(blocks, [(0, true), (7, true), (31, false)].map(|(index, constant)| Block { index, constant }));
-        assert!(file.metadata().unwrap().blocks() * 512 <= 3 * BLOCK + (64 << 10));
+        let (file, blocks) = write(&memory);
+        assert_eq!(blocks, [0, 31].map(Block));
+        assert!(file.metadata().unwrap().blocks() * 512 <= 2 * BLOCK + (64 << 10));
         let read = |blocks: &[Block], file: &File| {
             let (memory, filling) = read_memory(64 << 20, blocks, file)?;
             await_memory(filling).map(|()| memory)
@@ -258,7 +262,7 @@ mod tests {
             assert_eq!(again.read_obj::<u8>(GuestAddress(place)).unwrap(), value);
         }
         again.write_obj(9u8, GuestAddress(12_345)).unwrap();
-        let (second, blocks) = write(&again, &HashSet::from([0, 7]));
+        let (second, blocks) = write(&again);
         let third = read(&blocks, &second).unwrap();
         assert_eq!(third.read_obj::<u8>(GuestAddress(12_345)).unwrap(), 9);
         assert_eq!(third.read_obj::<u8>(GuestAddress(4096)).unwrap(), 3);

@@ -56,6 +56,8 @@ fn restart_after(signal: libc::c_int) -> io::Result<()> {
 enum Phase {
     Paused,
     Running,
+    /// The machine has ended: what would let it run changes nothing.
+    Ended,
     Over,
 }
 
@@ -71,7 +73,7 @@ impl Gate {
         let mut state = self.lock();
         state.1 += 1;
         self.changed.notify_all();
-        while state.0 == Phase::Paused {
+        while matches!(state.0, Phase::Paused | Phase::Ended) {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.1 -= 1;
@@ -79,7 +81,11 @@ impl Gate {
     }
 
     fn set(&self, phase: Phase) {
-        self.lock().0 = phase;
+        let mut state = self.lock();
+        if state.0 != Phase::Ended || phase == Phase::Over {
+            state.0 = phase;
+        }
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -171,7 +177,7 @@ fn attend(vcpu: &Mutex<VcpuFd>, bus: &Bus, gate: &Gate, ends: &Ends) {
         let mut vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(end) = run(&mut vcpu, bus, gate) {
             drop(vcpu);
-            gate.set(Phase::Paused);
+            gate.set(Phase::Ended);
             ends.send(end);
         }
     }

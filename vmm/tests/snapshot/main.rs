@@ -18,6 +18,7 @@ use machine::{Result, World, echo, hang_up, make_home};
 /// Tells this program that it is elsewhere: the machine's home, its files' folder and its processors.
 const ELSEWHERE: &str = "RUNVM_SNAPSHOT_ELSEWHERE";
 const PAUSES: u32 = 100;
+const TRIMS: u32 = 20;
 
 fn main() -> ExitCode {
     if let Ok(place) = env::var(ELSEWHERE) {
@@ -38,7 +39,9 @@ fn main() -> ExitCode {
         trial("one_processor_goes_on_elsewhere", || goes_on_elsewhere(1)),
         trial("two_processors_go_on_elsewhere", || goes_on_elsewhere(2)),
         trial("a_restored_machine_is_saved_again", saved_again),
-        trial("pauses_are_not_noticed", pauses_are_not_noticed),
+        trial("pauses_are_not_noticed", || is_not_noticed(PAUSES, pause)),
+        trial("trimming_is_not_noticed", || is_not_noticed(TRIMS, trim)),
+        trial("a_trimmed_machine_is_saved_whole", trimmed),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -125,8 +128,42 @@ fn saved_again() -> Result<()> {
     Ok(())
 }
 
-/// Bytes, files, frames and time go on through any number of pauses.
-fn pauses_are_not_noticed() -> Result<()> {
+fn pause(world: &World) -> Result<()> {
+    world.machine.pause();
+    world.machine.resume();
+    Ok(())
+}
+
+fn trim(world: &World) -> Result<()> {
+    Ok(world.machine.trim()?)
+}
+
+/// What was given back of a machine's memory is written down all the same, of a clone's as well.
+fn trimmed() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let home = folder.path().join("home");
+    make_home(&home)?;
+    let mut world = World::boot(&home, 1)?;
+    for generation in 0..2 {
+        let [state, memory] = ["state", "memory"].map(|name| folder.path().join(format!("{name}{generation}")));
+        world.expect_progress(generation)?;
+        world.expect_progress(generation)?;
+        let stream = world.open(b'e')?;
+        echo(&stream, 0)?;
+        trim(&world)?;
+        world.expect_progress(generation)?;
+        trim(&world)?;
+        world.machine.pause();
+        world.save(&state, &memory)?;
+        drop(world);
+        world = World::restore(&home, 1, &state, &memory)?;
+        go_on(&world, generation + 1)?;
+    }
+    Ok(())
+}
+
+/// Bytes, files, frames and time go on through whatever is done to a machine any number of times.
+fn is_not_noticed(times: u32, disturb: fn(&World) -> Result<()>) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let home = folder.path().join("home");
     make_home(&home)?;
@@ -143,17 +180,16 @@ fn pauses_are_not_noticed() -> Result<()> {
             hang_up(&stream)?;
             Ok(rounds)
         });
-        let paused = (0..PAUSES).try_for_each(|pause| {
-            world.machine.pause();
-            world.machine.resume();
-            if pause % 10 == 0 { world.expect_progress(0) } else { Ok(()) }
+        let disturbed = (0..times).try_for_each(|time| {
+            disturb(&world)?;
+            if time % 10 == 0 { world.expect_progress(0) } else { Ok(()) }
         });
         over.store(true, Ordering::Relaxed);
         let rounds = streaming.join().unwrap_or_else(|_| Err("panicked".into()))?;
         if rounds == 0 {
             return Err("nothing was streamed".into());
         }
-        paused
+        disturbed
     })?;
     world.use_balloon()?;
     world.expect_progress(0)?;

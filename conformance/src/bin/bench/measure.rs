@@ -63,6 +63,8 @@ impl Measure {
     }
 }
 
+/// How long a container is left alone until it is called idle.
+const SETTLES: Duration = Duration::from_secs(5);
 const SLEEP: &[&str] = &["sleep", "1000"];
 
 fn milliseconds(time: Duration) -> f64 {
@@ -102,7 +104,7 @@ fn idle_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a
         let running = world.bundle(image::BUSYBOX, SLEEP)?.start(contender)?;
         // Once used, then left alone until it has settled.
         running.exec(&["true"]).ok()?;
-        thread::sleep(Duration::from_secs(1));
+        thread::sleep(SETTLES);
         Ok(running.pss()? as f64 / 1e6)
     }))
 }
@@ -139,7 +141,7 @@ fn fifty_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'
     Ok(Box::new(|| {
         let before = Process::all()?;
         let (running, _) = start_fifty(world, contender)?;
-        thread::sleep(Duration::from_secs(1));
+        thread::sleep(2 * SETTLES);
         let all = Process::all()?;
         let new = all.iter().filter(|process| before.iter().all(|other| other.pid != process.pid));
         let sum: u64 = new.filter_map(Process::pss).sum();

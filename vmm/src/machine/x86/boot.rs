@@ -1,7 +1,6 @@
 //! Putting a kernel into memory and describing the machine to it: Linux's 64-bit boot protocol
 //! (Documentation/arch/x86/boot.rst), with the kernel an uncompressed ELF file.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -9,7 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader as _};
 use object::LittleEndian;
-use object::elf::{FileHeader64, PF_W, PT_LOAD};
+use object::elf::{FileHeader64, PT_LOAD, ProgramHeader64};
 use object::read::elf::{FileHeader as _, ProgramHeader as _};
 use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
@@ -17,6 +16,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 use super::mptable;
 use crate::Memory;
 use crate::machine::memory;
+use crate::machine::origin::Piece;
 
 /// The guest-physical addresses of what is written for the kernel, all in the first MiB. The MP table is at 0.
 const GDT: u64 = 0x800;
@@ -121,32 +121,60 @@ pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, B
     })
 }
 
-/// The numbers of the blocks of memory that hold nothing but a kernel's code, or other constants.
-pub fn constant_blocks(image: &File) -> HashSet<u32> {
+/// A part of a kernel's file that is put into memory.
+struct Segment {
+    address: u64,
+    offset: u64,
+    length: u64,
+}
+
+/// None of a file that is no kernel.
+fn segments(image: &File) -> Vec<Segment> {
     let mut start = [0; PAGE as usize];
     let headers = image.read_at(&mut start, 0).ok().and_then(|_| {
         let header = FileHeader64::<LittleEndian>::parse(&start[..]).ok()?;
         header.program_headers(LittleEndian, &start[..]).ok()
     });
-    let blocks = headers.into_iter().flatten().flat_map(|segment| {
-        let constant = segment.p_type(LittleEndian) == PT_LOAD && segment.p_flags(LittleEndian) & PF_W == 0;
-        let address = segment.p_paddr(LittleEndian);
-        let end = if constant { address.saturating_add(segment.p_filesz(LittleEndian)) } else { 0 };
-        address.div_ceil(memory::BLOCK)..end / memory::BLOCK
-    });
-    blocks.filter_map(|block| block.try_into().ok()).collect()
+    let loaded = headers.into_iter().flatten().filter(|header| header.p_type(LittleEndian) == PT_LOAD);
+    let segment = |header: &ProgramHeader64<LittleEndian>| Segment {
+        address: header.p_paddr(LittleEndian),
+        offset: header.p_offset(LittleEndian),
+        length: header.p_filesz(LittleEndian),
+    };
+    loaded.map(segment).collect()
 }
 
-/// Puts the archive at the end of the memory below the devices; where, and how long it is.
-fn load_initramfs(memory: &Memory, archive: &mut File, kernel_end: u64, total: u64) -> Result<(u32, u32), BootError> {
-    let size = archive.metadata().map_err(BootError::Initramfs)?.len();
-    let too_large = || BootError::TooLarge { size, memory: total };
-    let start = total.min(memory::LOW_END).checked_sub(size).ok_or_else(too_large)? & !(PAGE - 1);
-    if start < kernel_end {
-        return Err(too_large());
+/// What [`load`] puts into that much memory just as it is in the files.
+pub(in crate::machine) fn pieces(kernel: &Kernel, memory: u64) -> Result<Vec<Piece<'_>>, BootError> {
+    let whole = |segment: Segment| Piece {
+        address: segment.address,
+        file: &kernel.image,
+        offset: segment.offset,
+        length: segment.length & !(PAGE - 1),
+    };
+    let aligned = |piece: &Piece<'_>| piece.length > 0 && (piece.address | piece.offset).is_multiple_of(PAGE);
+    let mut pieces: Vec<_> = segments(&kernel.image).into_iter().map(whole).filter(aligned).collect();
+    if let Some(file) = &kernel.initramfs {
+        let (address, size) = initramfs_place(file, memory)?;
+        pieces.push(Piece { address, file, offset: 0, length: size & !(PAGE - 1) });
     }
+    Ok(pieces)
+}
+
+/// Where the archive is, at the end of the memory below the devices, and how long.
+fn initramfs_place(archive: &File, total: u64) -> Result<(u64, u64), BootError> {
+    let size = archive.metadata().map_err(BootError::Initramfs)?.len();
+    let start = total.min(memory::LOW_END).checked_sub(size).ok_or(BootError::TooLarge { size, memory: total })?;
+    Ok((start & !(PAGE - 1), size))
+}
+
+/// Puts the archive where it belongs; where that is, and how long it is.
+fn load_initramfs(memory: &Memory, archive: &mut File, kernel_end: u64, total: u64) -> Result<(u32, u32), BootError> {
+    let (start, size) = initramfs_place(archive, total)?;
     let (place, length) = (u32::try_from(start), u32::try_from(size));
-    let (Ok(place), Ok(length)) = (place, length) else { return Err(too_large()) };
+    let (Ok(place), Ok(length), true) = (place, length, start >= kernel_end) else {
+        return Err(BootError::TooLarge { size, memory: total });
+    };
     memory.read_exact_volatile_from(GuestAddress(start), archive, length as usize)?;
     Ok((place, length))
 }

@@ -1,0 +1,217 @@
+//! What a machine's memory began as, and giving back to the host what it still has in common with that.
+//!
+//! A machine gets its memory in large pages, and a clone its template's copied, since small pages one at a time would cost
+//! its start dearly. Most of them never change, and much of a large page is never used. So once a machine has nothing to
+//! do its memory is compared with what it began as: the files of its kernel and initramfs, its template's, or nothing. A
+//! block of which enough is unchanged is replaced by those files' pages, which the host has once for all machines, and
+//! by small pages of its own for what differs.
+
+use std::fs::File;
+use std::io;
+
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion as _, VolatileSlice};
+
+use super::memory::{self, Block, MemoryError};
+use crate::Memory;
+
+const PAGE: usize = 4096;
+
+/// From how many unchanged pages on a block is replaced. The others come to the guest one by one, so few are not worth it.
+const WORTH: usize = 64;
+
+/// A part of memory that begins as a part of a file, all at whole pages.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece<'a> {
+    /// Where it is for the guest.
+    pub address: u64,
+    /// The file, and where it is in that.
+    pub file: &'a File,
+    pub offset: u64,
+    /// In bytes.
+    pub length: u64,
+}
+
+/// What memory began as: in the same places, and zero where it is of no file. The files have to stay as they are.
+#[derive(Debug)]
+pub(super) struct Origin(Memory);
+
+impl Origin {
+    /// The origin of `size` bytes of memory that began as these pieces.
+    pub fn new(size: u64, pieces: &[Piece<'_>]) -> Result<Self, MemoryError> {
+        let origin = memory::anonymous(size, false)?;
+        for piece in pieces {
+            let length = usize::try_from(piece.length).map_err(|_| MemoryError::Size(size))?;
+            let part = origin.get_slice(GuestAddress(piece.address), length).map_err(|_| MemoryError::Size(size))?;
+            memory::lay_over(&part, piece.file, piece.offset as i64).map_err(MemoryError::File)?;
+        }
+        for region in origin.iter() {
+            let all = region.as_volatile_slice().map_err(|_| MemoryError::Size(size))?;
+            // A page that the guest comes to brings no others with it, nor does one that differs.
+            advise(&all, libc::MADV_NOHUGEPAGE).map_err(MemoryError::File)?;
+        }
+        Ok(Self(origin))
+    }
+
+    /// The origin of a clone's memory: the whole of its template's file, region after region.
+    pub fn of_template(size: u64, file: &File) -> Result<Self, MemoryError> {
+        let mut offset = 0;
+        let pieces = memory::layout(size)?.into_iter().map(|(address, length)| {
+            let piece = Piece { address, file, offset, length };
+            offset += length;
+            piece
+        });
+        Self::new(size, &pieces.collect::<Vec<_>>())
+    }
+
+    /// Replaces a block by its origin and what differs from it, if that is worth it: whether it was. Nobody else may use
+    /// the memory meanwhile.
+    ///
+    /// # Errors
+    /// Where the host cannot; then the block is as it was.
+    pub fn replace(&self, block: Block, memory: &Memory) -> io::Result<bool> {
+        let (Some(used), Some(origin)) = (block.of(memory), block.of(&self.0)) else { return Ok(false) };
+        let differing = differing(&used, &origin)?;
+        // The look at it has brought all of it in, which would count as used from now on.
+        advise(&origin, libc::MADV_DONTNEED)?;
+        if used.len() / PAGE < differing.len() + WORTH {
+            return Ok(false);
+        }
+        let mut page = [0; PAGE];
+        for offset in differing {
+            page_of(&used, offset)?.copy_to(&mut page);
+            page_of(&origin, offset)?.copy_from(&page);
+        }
+        put_in_place(&origin, &used)?;
+        Ok(true)
+    }
+}
+
+/// The offsets of the pages that are not the same in both.
+fn differing(one: &VolatileSlice<'_>, other: &VolatileSlice<'_>) -> io::Result<Vec<usize>> {
+    let (mut left, mut right) = ([0; PAGE], [0; PAGE]);
+    let mut differing = Vec::new();
+    for offset in (0..one.len()).step_by(PAGE) {
+        page_of(one, offset)?.copy_to(&mut left);
+        page_of(other, offset)?.copy_to(&mut right);
+        if left != right {
+            differing.push(offset);
+        }
+    }
+    Ok(differing)
+}
+
+fn page_of<'a>(part: &VolatileSlice<'a>, offset: usize) -> io::Result<VolatileSlice<'a>> {
+    part.subslice(offset, PAGE).map_err(io::Error::other)
+}
+
+/// Whether any of a block has come into memory, or is a file's: mincore(2). It is wrong of pages that are swapped out, which
+/// are better left alone.
+pub(super) fn is_there(block: Block, memory: &Memory) -> io::Result<bool> {
+    let Some(part) = block.of(memory) else { return Ok(false) };
+    let mut pages = vec![0u8; part.len().div_ceil(PAGE)];
+    // SAFETY: the range is mapped as long as `part` is borrowed, and the vector has a byte for each of its pages.
+    let told = unsafe { libc::mincore(part.ptr_guard_mut().as_ptr().cast(), part.len(), pages.as_mut_ptr()) };
+    if told == 0 { Ok(pages.iter().any(|page| page & 1 != 0)) } else { Err(io::Error::last_os_error()) }
+}
+
+fn advise(part: &VolatileSlice<'_>, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the range is mapped as long as `part` is borrowed. The memory is private to the machine, and its users know
+    // that it may be dropped: nobody has a reference into it.
+    let advised = unsafe { libc::madvise(part.ptr_guard_mut().as_ptr().cast(), part.len(), advice) };
+    if advised == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Moves the pages of `from` into the place of those of `to`. What is left of `from` is as it was first mapped.
+fn put_in_place(from: &VolatileSlice<'_>, to: &VolatileSlice<'_>) -> io::Result<()> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    let [from_address, to_address] = [from, to].map(|part| part.ptr_guard_mut().as_ptr().cast());
+    // SAFETY: both ranges are mapped as long as they are borrowed, have one length, and stay mapped; both are memory to
+    // which nobody has a reference.
+    let moved = unsafe { libc::mremap(from_address, from.len(), to.len(), flags, to_address) };
+    if moved == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use vm_memory::Bytes as _;
+
+    use super::*;
+
+    const SIZE: u64 = 3 * memory::BLOCK;
+
+    fn file(length: u64) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![7; length as usize]).unwrap();
+        file
+    }
+
+    /// How many bytes of it the host keeps for this process alone.
+    fn private(memory: &Memory) -> u64 {
+        let start = memory.get_host_address(GuestAddress(0)).unwrap().addr() as u64;
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        let mut sum = 0;
+        for line in maps.lines() {
+            let first = line.split(' ').next().unwrap();
+            if let Some((from, _)) = first.split_once('-') {
+                inside = u64::from_str_radix(from, 16).is_ok_and(|from| (start..start + SIZE).contains(&from));
+            } else if inside && first.starts_with("Private_Dirty") {
+                sum += line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10;
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn what_is_unchanged_is_given_back_and_the_rest_stays() {
+        let file = file(2 * memory::BLOCK);
+        let piece = Piece { address: memory::BLOCK, file: &file, offset: memory::BLOCK, length: memory::BLOCK };
+        let origin = Origin::new(SIZE, &[piece]).unwrap();
+        let memory = memory::anonymous(SIZE, true).unwrap();
+        // The first is nothing but a page, the second the file's but for two, and the third was never there.
+        memory.write_obj(1u8, GuestAddress(5000)).unwrap();
+        memory.write_slice(&vec![7; memory::BLOCK as usize], GuestAddress(memory::BLOCK)).unwrap();
+        for offset in [0, memory::BLOCK - 1] {
+            memory.write_obj(9u8, GuestAddress(memory::BLOCK + offset)).unwrap();
+        }
+        let before = private(&memory);
+        for (index, replaced) in [true, true, false].into_iter().enumerate() {
+            let block = Block(index as u32);
+            assert_eq!(is_there(block, &memory).unwrap(), replaced, "{index}");
+            assert!(!replaced || origin.replace(block, &memory).unwrap(), "{index}");
+        }
+        let after = private(&memory);
+        assert!(before >= memory::BLOCK && after == 3 * PAGE as u64, "{before} {after}");
+        let byte = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        let expected =
+            [(5000, 1), (0, 0), (memory::BLOCK, 9), (memory::BLOCK + 1, 7), (2 * memory::BLOCK - 1, 9), (SIZE - 1, 0)];
+        for (address, value) in expected {
+            assert_eq!(byte(address), value, "at {address:#x}");
+        }
+
+        // It is the guest's memory as before: written to, and given back once more.
+        memory.write_obj(3u8, GuestAddress(memory::BLOCK + 100_000)).unwrap();
+        assert!(origin.replace(Block(1), &memory).unwrap());
+        assert_eq!((byte(memory::BLOCK + 100_000), byte(memory::BLOCK), byte(memory::BLOCK + 200_000)), (3, 9, 7));
+        drop(origin);
+        assert_eq!(byte(memory::BLOCK + 300_000), 7);
+    }
+
+    #[test]
+    fn what_has_changed_altogether_stays_as_it_is() {
+        let origin = Origin::of_template(SIZE, &file(SIZE)).unwrap();
+        let memory = memory::anonymous(SIZE, true).unwrap();
+        memory.write_slice(&vec![8; memory::BLOCK as usize], GuestAddress(0)).unwrap();
+        assert!(!origin.replace(Block(0), &memory).unwrap());
+        assert!(!origin.replace(Block(9), &memory).unwrap());
+    }
+
+    #[test]
+    fn a_file_that_ends_too_soon_begins_nothing() {
+        let file = file(100);
+        let piece = Piece { address: SIZE, file: &file, offset: 0, length: memory::BLOCK };
+        assert!(Origin::new(SIZE, &[piece]).is_err(), "it lies outside the memory");
+    }
+}
