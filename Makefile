@@ -65,7 +65,7 @@ agent: dependencies
 
 .PHONY: runtime
 runtime: dependencies
-	@install -C -D -m 755 "$$(packaging/cargo-static.sh release runvm)" $(DIST)/bin/runvm
+	@install -C -D -m 755 "$$(packaging/cargo-static.sh runvm)" $(DIST)/bin/runvm
 
 .PHONY: install
 install: build ## copy it to PREFIX (/usr/local), below DESTDIR

@@ -8,7 +8,7 @@ set -euo pipefail
 out=$(realpath -m "${1:?usage: build.sh OUT}")
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-program=$(../packaging/cargo-static.sh agent runvm-agent)
+program=$(../packaging/cargo-static.sh runvm-agent)
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# cargo-static.sh PROFILE PACKAGE: build a package's program without shared
+# cargo-static.sh PACKAGE: build a package's program without shared
 # libraries, and print where it is.
 #
 # The agent is alone in its initramfs. The runtime is started several times for
 # each container, and a third of a start was finding and joining libraries.
 set -euo pipefail
 
-readonly profile=$1 package=$2
+readonly package=$1
 machine=$(uname -m)
 readonly machine triple=$machine-unknown-linux-gnu libraries=/usr/lib/$machine-linux-gnu
 # A target folder and a target triple of its own keep +crt-static away from build scripts and tests.
@@ -21,5 +21,5 @@ done
 RUSTFLAGS='-C target-feature=+crt-static' \
     LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=$libraries \
     LIBCAPNG_LINK_TYPE=static LIBCAPNG_LIB_PATH=$libraries \
-    cargo build --profile "$profile" --locked --package "$package" --target "$triple" --target-dir "$target" >&2
-echo "$target/$triple/$profile/$package"
+    cargo build --release --locked --package "$package" --target "$triple" --target-dir "$target" >&2
+echo "$target/$triple/release/$package"
