@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ScopedJoinHandle};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -165,9 +166,19 @@ impl Machine {
         let size = config.memory;
         let memory = memory::anonymous(size, config.huge_pages)?;
         let vcpu_count = config.vcpus;
-        let (supported, parts) = Parts::make(config, memory)?;
-        kernel.command_line.push_str(&device_parameters(parts.devices.len()));
-        let entry = x86::boot::load(&parts.memory, &mut kernel, vcpu_count)?;
+        kernel.command_line.push_str(&device_parameters(config.devices.len()));
+        // Copying files and asking KVM for things take two processors half as long as one.
+        let (loaded, made) = thread::scope(|scope| {
+            let load = || x86::boot::load(&memory, &mut kernel, vcpu_count);
+            let loading = thread::Builder::new().spawn_scoped(scope, load);
+            let made = Parts::make(config, memory.clone());
+            (loading.map(ScopedJoinHandle::join), made)
+        });
+        let loaded =
+            loaded.map_err(|source| MachineError::Host { step: "start a thread that loads the kernel", source })?;
+        let entry = loaded
+            .map_err(|_| MachineError::Host { step: "load the kernel", source: io::ErrorKind::Other.into() })??;
+        let (supported, parts) = made?;
         for (index, vcpu) in (0..).zip(&parts.vcpus) {
             describe(vcpu, &supported, index, vcpu_count)?;
             registers::set(vcpu, (index == 0).then_some(entry)).map_err(kvm("set a processor's registers"))?;

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::thread;
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader as _};
@@ -94,12 +95,20 @@ pub const SEGMENTS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ff
 /// # Errors
 /// [`BootError`].
 pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, BootError> {
-    let loaded = Elf::load(&**memory, None, &mut kernel.image, Some(GuestAddress(KERNEL_START)));
-    let loaded = loaded.map_err(BootError::Kernel)?;
     let total = memory::size(memory);
-    let initramfs = match &mut kernel.initramfs {
-        Some(archive) => load_initramfs(memory, archive, loaded.kernel_end, total)?,
-        None => (0, 0),
+    let Kernel { image, initramfs, .. } = kernel;
+    let (loaded, initramfs) = thread::scope(|scope| {
+        let load = || initramfs.as_mut().map(|archive| load_initramfs(memory, archive, total)).transpose();
+        let loading = thread::Builder::new().spawn_scoped(scope, load).map_err(BootError::Initramfs)?;
+        let loaded = Elf::load(&**memory, None, image, Some(GuestAddress(KERNEL_START))).map_err(BootError::Kernel)?;
+        let initramfs = loading.join().map_err(|_| BootError::Initramfs(io::ErrorKind::Interrupted.into()))??;
+        Ok::<_, BootError>((loaded, initramfs))
+    })?;
+    let initramfs = match initramfs {
+        Some((start, size)) if u64::from(start) < loaded.kernel_end => {
+            return Err(BootError::TooLarge { size: size.into(), memory: total });
+        }
+        other => other.unwrap_or_default(),
     };
     if kernel.command_line.len() >= MAX_COMMAND_LINE {
         return Err(BootError::CommandLine(kernel.command_line.len()));
@@ -169,10 +178,9 @@ fn initramfs_place(archive: &File, total: u64) -> Result<(u64, u64), BootError> 
 }
 
 /// Puts the archive where it belongs; where that is, and how long it is.
-fn load_initramfs(memory: &Memory, archive: &mut File, kernel_end: u64, total: u64) -> Result<(u32, u32), BootError> {
+fn load_initramfs(memory: &Memory, archive: &mut File, total: u64) -> Result<(u32, u32), BootError> {
     let (start, size) = initramfs_place(archive, total)?;
-    let (place, length) = (u32::try_from(start), u32::try_from(size));
-    let (Ok(place), Ok(length), true) = (place, length, start >= kernel_end) else {
+    let (Ok(place), Ok(length)) = (u32::try_from(start), u32::try_from(size)) else {
         return Err(BootError::TooLarge { size, memory: total });
     };
     memory.read_exact_volatile_from(GuestAddress(start), archive, length as usize)?;
