@@ -1,5 +1,6 @@
 //! One VM and what hangs on it: the machine, the share and the agent, from boot to end.
 
+pub mod guest_log;
 mod size;
 
 use std::path::PathBuf;
@@ -9,7 +10,6 @@ use std::time::{Duration, SystemTime};
 use runvm_protocol::agent as wire;
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
 use thiserror::Error;
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
 
 use crate::agent::{Agent, AgentError};
 use crate::error::sentence;
@@ -27,10 +27,10 @@ pub use size::Size;
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 /// How long a guest may take that is there already.
 const FORK_LIMIT: Duration = Duration::from_secs(10);
+/// How long a VM may take to end once its channel is closed.
+const END_NOTICE: Duration = Duration::from_secs(5);
 /// How much entropy the guest is given, in bytes.
 const ENTROPY: usize = 64;
-/// The longest line of the guest's log that is passed on, in bytes.
-const MAX_LOG_LINE: u64 = 8192;
 
 /// Why there is no sandbox.
 #[derive(Debug, Error)]
@@ -165,7 +165,7 @@ impl Sandbox {
         let reason = match configured {
             Ok(Err(SandboxError::Boot { reason, .. })) => reason,
             Ok(Err(SandboxError::Agent(AgentError::Channel(_)))) => {
-                match tokio::time::timeout(Duration::from_secs(5), vm.ended()).await {
+                match tokio::time::timeout(END_NOTICE, vm.ended()).await {
                     Ok(reason) => reason,
                     Err(_) => "its agent closed the channel".to_owned(),
                 }
@@ -192,6 +192,17 @@ impl Sandbox {
     /// The way to the agent.
     pub fn channel(&self) -> Arc<dyn Channel> {
         self.vm.channel.clone()
+    }
+
+    /// What is to be told of an agent's error: the channel ends when the VM does, and then the VM's end is the better story.
+    pub async fn explain(&mut self, error: AgentError) -> SandboxError {
+        if !error.is_end_of_guest() {
+            return error.into();
+        }
+        match tokio::time::timeout(END_NOTICE, self.vm.ended()).await {
+            Ok(reason) => SandboxError::Gone(reason),
+            Err(_) => error.into(),
+        }
     }
 
     /// Waits until the VM is no more; why, as a clause.
@@ -221,7 +232,7 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
         })
         .await?;
     log::stage("agent answers");
-    tokio::spawn(pass_on_log(agent.clone()));
+    tokio::spawn(guest_log::pass_on(agent.open(ports::LOG).await?));
     agent.configure_network(network.into()).await?;
     if config.engine_resolver {
         let stream = agent.open(ports::DNS).await?;
@@ -232,29 +243,4 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
         });
     }
     Ok(agent)
-}
-
-/// Writes the guest's log into ours, each line marked as the guest's. What it says is not believed.
-async fn pass_on_log(agent: Agent) {
-    let Ok(stream) = agent.open(ports::LOG).await else { return };
-    let mut lines = BufReader::new(stream);
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match (&mut lines).take(MAX_LOG_LINE).read_until(b'\n', &mut line).await {
-            Ok(1..) => {}
-            _ => return,
-        }
-        let parsed: serde_json::Value = serde_json::from_slice(&line).unwrap_or_default();
-        let text = |field: &str| parsed.get(field).and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
-        let guest_us = parsed.get("guest_us").and_then(serde_json::Value::as_u64).unwrap_or(0);
-        let (message, stage) = (text("message"), text("stage"));
-        match text("level").as_str() {
-            // An error of the guest's is no error of the command, whose last one engines show.
-            "error" => tracing::warn!(guest_us, "guest: {message}"),
-            "warn" => tracing::info!(guest_us, "guest: {message}"),
-            _ if stage.is_empty() => tracing::debug!(guest_us, "guest: {message}"),
-            _ => tracing::debug!(guest_us, stage, mono_us = log::monotonic_us(), "guest: {message}"),
-        }
-    }
 }
