@@ -8,7 +8,7 @@ use tokio::fs::File;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 
-use super::{Agent, AgentError, Output};
+use super::{ANSWER_LIMIT, Agent, AgentError, Output};
 use crate::host::terminal::{self, Size};
 use crate::vmm::ByteStream;
 
@@ -134,13 +134,29 @@ pub struct RunningRelay {
 }
 
 impl RunningRelay {
-    /// Returns when that much output has been written, or all that there is, however slow its reader is.
+    /// Returns when that much output has been written, or all that there is, however slow its reader is. A guest that
+    /// owes some is waited for as for any answer.
     pub async fn drained(self, output: Output) {
         for (carried, wanted) in [(self.stdout, output.stdout), (self.stderr, output.stderr)] {
-            if let Some(mut carried) = carried {
-                // An error means that the carrier has ended: nothing more will come.
-                let _ = carried.wait_for(|carried| carried.ended || carried.bytes >= wanted).await;
+            if let Some(carried) = carried {
+                drain(carried, wanted).await;
             }
+        }
+    }
+}
+
+async fn drain(mut carried: watch::Receiver<Carried>, wanted: u64) {
+    loop {
+        let before = carried.borrow().bytes;
+        let arrived = carried.wait_for(|carried| carried.ended || carried.bytes >= wanted);
+        // An error means that the carrier has ended: nothing more will come.
+        if tokio::time::timeout(ANSWER_LIMIT, arrived).await.is_ok() {
+            return;
+        }
+        let now = carried.borrow();
+        if now.bytes == before && !now.writing {
+            tracing::warn!("the guest owes {} bytes of output, and does not send them", wanted - now.bytes);
+            return;
         }
     }
 }
@@ -149,6 +165,8 @@ impl RunningRelay {
 #[derive(Debug, Default)]
 struct Carried {
     bytes: u64,
+    /// Its reader is waited for, and not the guest.
+    writing: bool,
     ended: bool,
 }
 
@@ -181,11 +199,56 @@ async fn send(mut input: File, mut stream: ByteStream) {
 async fn receive(mut stream: ByteStream, mut output: File, report: watch::Sender<Carried>) {
     let mut piece = vec![0; PIECE];
     while let Ok(length @ 1..) = stream.read(&mut piece).await {
+        report.send_modify(|carried| carried.writing = true);
         if output.write_all(&piece[..length]).await.is_err() || output.flush().await.is_err() {
             // Dropping the stream resets it, and the guest's process gets the SIGPIPE that it would have got here.
             break;
         }
-        report.send_modify(|carried| carried.bytes += length as u64);
+        report.send_modify(|carried| {
+            carried.bytes += length as u64;
+            carried.writing = false;
+        });
     }
     report.send_modify(|carried| carried.ended = true);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{DuplexStream, duplex};
+
+    /// A guest's stream, the host's end of it being carried into a pipe: the stream, the pipe's reader, the report.
+    fn carrying() -> (DuplexStream, io::PipeReader, watch::Receiver<Carried>) {
+        let (ours, guest) = duplex(PIECE);
+        let (reader, writer) = io::pipe().unwrap();
+        let (report, carried) = watch::channel(Carried::default());
+        tokio::spawn(receive(Box::new(ours), file(writer.into()), report));
+        (guest, reader, carried)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn output_that_a_guest_owes_is_not_waited_for_without_end() {
+        let (mut guest, _reader, carried) = carrying();
+        guest.write_all(b"some").await.unwrap();
+        drain(carried.clone(), u64::MAX).await;
+        assert_eq!(carried.borrow().bytes, 4);
+    }
+
+    #[tokio::test]
+    async fn a_reader_is_waited_for_as_long_as_it_takes() {
+        use std::io::Read as _;
+        let (mut guest, mut reader, mut carried) = carrying();
+        let output = vec![b'x'; PIECE];
+        guest.write_all(&output).await.unwrap();
+        carried.wait_for(|carried| carried.writing).await.unwrap();
+        tokio::time::pause();
+        let draining = tokio::spawn(drain(carried, PIECE as u64));
+        // The pipe holds less, and time goes by.
+        tokio::time::advance(10 * ANSWER_LIMIT).await;
+        assert!(!draining.is_finished());
+        tokio::time::resume();
+        let read = tokio::task::spawn_blocking(move || reader.read_exact(&mut vec![0; PIECE]));
+        read.await.unwrap().unwrap();
+        draining.await.unwrap();
+    }
 }
