@@ -24,6 +24,8 @@ pub use tunnel::{MonitorSocket, Tunnel};
 
 /// How long a guest may take for an answer, except to the question when a process ends.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How long a guest may take to tell the end of a process that it has killed.
+pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// The longest sentence of a guest that is passed on, in bytes.
 const MAX_SENTENCE: usize = 4096;
 
@@ -44,6 +46,9 @@ pub enum AgentError {
         /// The method.
         request: &'static str,
     },
+    /// It does not say that a process has ended that cannot live any more.
+    #[error("the guest does not tell the end of a process that was killed {} s ago", KILL_LIMIT.as_secs())]
+    Undead,
     /// The channel is gone.
     #[error("the channel to the guest is closed")]
     Channel(#[source] io::Error),

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 use crate::host::hooks;
-use crate::monitor::{Globals, connect, single_threaded};
+use crate::monitor::{Globals, KILL_SENT, connect, single_threaded};
 use crate::state::{Container, Phase, Status};
 
 pub use create::{Create, Running, create};
@@ -52,6 +52,11 @@ pub fn kill(globals: &Globals, id: &str, signal: u32, all: bool) -> Result<()> {
     let sent =
         single_threaded(async { Ok(connect(container.dir()).await?.signal_process(id, "", signal, all).await?) });
     match sent {
+        // Nobody has to believe that it was: its monitor waits for the end.
+        Ok(()) if signal == Signal::KILL.as_raw() as u32 => match container.record.monitor {
+            Some(monitor) => monitor.signal(KILL_SENT).map_err(Error::system("tell the monitor")),
+            None => Ok(()),
+        },
         Err(Error::Agent(error)) if error.is_not_found() => Err(Error::Finished),
         // It ended while it was being asked.
         Err(_) if container.status() == Status::Stopped => Err(Error::NotRunning),

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 
-use crate::agent::{Agent, AgentError, Exit, Relay};
+use crate::agent::{Agent, AgentError, Exit, KILL_LIMIT, Relay};
 use crate::host::terminal;
 
 /// The signals that are passed on. SIGKILL and SIGSTOP cannot be caught: the first one's effect is that the guest's
@@ -19,6 +19,10 @@ const FORWARDED: [SignalKind; 7] = [
     SignalKind::terminate(),
     SignalKind::alarm(),
 ];
+
+/// What the monitor is told by when its guest has taken a SIGKILL for the container's first process. It ends a monitor
+/// that does not attend yet, which is as well.
+pub const KILL_SENT: rustix::process::Signal = rustix::process::Signal::POWER;
 
 /// A process of a guest.
 #[derive(Clone)]
@@ -37,7 +41,7 @@ pub const KILLED: u8 = 137;
 /// Stands for the process until it has ended and its output has been written. `terminal` is the one whose size it follows.
 ///
 /// # Errors
-/// [`AgentError`] where the guest is gone.
+/// [`AgentError`] where the guest is gone, or keeps a process that was killed.
 pub async fn attend(process: Process, relay: Relay, terminal: Option<&OwnedFd>) -> Result<Exit, AgentError> {
     let relay = relay.start();
     let mut errands = JoinSet::new();
@@ -49,9 +53,21 @@ pub async fn attend(process: Process, relay: Relay, terminal: Option<&OwnedFd>) 
     if let Some(Ok(terminal)) = terminal.map(OwnedFd::try_clone) {
         errands.spawn(follow_size(process.clone(), terminal));
     }
-    let exit = process.agent.wait_process(&process.container_id, &process.exec_id).await?;
+    let exit = tokio::select! {
+        exit = process.agent.wait_process(&process.container_id, &process.exec_id) => exit?,
+        () = overdue() => return Err(AgentError::Undead),
+    };
     relay.drained(exit.output).await;
     Ok(exit)
+}
+
+/// Returns when the end of the process is overdue: it was killed, and what only the guest could delay has not come.
+async fn overdue() {
+    let Ok(mut sent) = signal(SignalKind::from_raw(KILL_SENT.as_raw())) else { return std::future::pending().await };
+    if sent.recv().await.is_none() {
+        return std::future::pending().await;
+    }
+    tokio::time::sleep(KILL_LIMIT).await;
 }
 
 async fn forward(process: Process, mut signals: Signal, number: i32) {

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::setsid;
 
-use crate::agent::{Agent, Descriptors, MonitorSocket, Relay, Tunnel};
+use crate::agent::{Agent, AgentError, Descriptors, MonitorSocket, Relay, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec, NetworkNamespace};
 use crate::error::{Error, Result, sentence};
 use crate::host::terminal;
@@ -23,7 +23,7 @@ use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
 use crate::vmm;
 
-pub use attend::{KILLED, Process, attend};
+pub use attend::{KILL_SENT, KILLED, Process, attend};
 pub use handshake::{Owner, ToOwner};
 pub use launch::{Globals, Launched};
 use runvm_protocol::agent as wire;
@@ -148,18 +148,12 @@ async fn run(
     let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
     // Not the ID, which may be longer than a key.
     let key = format!("init-{}", log::monotonic_us());
-    let (relay, stdio) = Relay::open(&sandbox.agent, &key, descriptors, false).await?;
     let spec =
         serde_json::to_vec(&guest.spec).map_err(|error| Error::system("write the guest's specification")(error))?;
-    sandbox
-        .agent
-        .create_container(wire::CreateContainerRequest {
-            container_id: options.id.clone(),
-            spec,
-            stdio: Some(stdio).into(),
-            ..Default::default()
-        })
-        .await?;
+    let relay = match create(&sandbox.agent, &options.id, spec, &key, descriptors).await {
+        Ok(relay) => relay,
+        Err(error) => return Err(sandbox.explain(error).await.into()),
+    };
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
     let tunnel = Tunnel::serve(listener, sandbox.channel());
     release_stdio().map_err(Error::system("release the stdio"))?;
@@ -174,11 +168,12 @@ async fn run(
                 log::stage("container ended");
                 Ok(exit.status)
             }
-            // The channel ends when the VM does: then the VM's end is the better story.
-            Err(error) => Err(match tokio::time::timeout(std::time::Duration::from_secs(5), sandbox.ended()).await {
-                Ok(reason) => SandboxError::Gone(reason).into(),
-                Err(_) => error.into(),
-            }),
+            // Without the guest's word the container cannot go on.
+            Err(error) => Err(match sandbox.explain(error).await {
+                SandboxError::Agent(error) => SandboxError::Gone(sentence(&error)),
+                gone => gone,
+            }
+            .into()),
         },
         reason = sandbox.ended() => Err(SandboxError::Gone(reason).into()),
     };
@@ -186,6 +181,25 @@ async fn run(
         tracing::info!("an exec's output is not read: the container ends without waiting for it");
     }
     end
+}
+
+/// Has the guest make the container; the joined streams of its first process.
+async fn create(
+    agent: &Agent,
+    id: &str,
+    spec: Vec<u8>,
+    key: &str,
+    descriptors: Descriptors,
+) -> std::result::Result<Relay, AgentError> {
+    let (relay, stdio) = Relay::open(agent, key, descriptors, false).await?;
+    let request = wire::CreateContainerRequest {
+        container_id: id.to_owned(),
+        spec,
+        stdio: Some(stdio).into(),
+        ..Default::default()
+    };
+    agent.create_container(request).await?;
+    Ok(relay)
 }
 
 /// Waits until all execs have ended, and their parents know: engines expect of a container that they do so before it
