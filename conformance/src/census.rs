@@ -116,6 +116,13 @@ impl Process {
         Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
     }
 
+    /// The most of its own and of shared memory that it has had, in bytes.
+    pub fn peak(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+        Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+    }
+
     /// This process's descendants among `all`, itself included.
     pub fn family<'a>(&self, all: &'a [Self]) -> Vec<&'a Self> {
         let mut family: Vec<&Self> = all.iter().filter(|process| process.pid == self.pid).collect();

@@ -1,4 +1,4 @@
-//! Root file systems, as `images.sh` builds them, and a kernel, as `cloud-kernel.sh` fetches it.
+//! Root file systems, as `images.sh` builds them; a kernel, as `cloud-kernel.sh` fetches it; an agent to be afraid of.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,11 @@ pub fn unpack(name: &str, folder: &Path) -> Result<()> {
 /// The folder of the distribution's kernel for cloud machines: `vmlinuz` and `modules`, from the cache.
 pub fn cloud_kernel() -> Result<PathBuf> {
     Ok(PathBuf::from(script("cloud-kernel.sh").ok()?.text()))
+}
+
+/// The program of the agent that turns on its host.
+pub fn evil_agent() -> Result<PathBuf> {
+    Ok(PathBuf::from(script("evil-agent.sh").ok()?.text()))
 }
 
 fn script(name: &str) -> Cmd {
