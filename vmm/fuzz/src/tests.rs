@@ -5,9 +5,11 @@ use std::path::Path;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 8] = [
+const TARGETS: [(&str, Target); 10] = [
     ("balloon", crate::balloon::run),
     ("block", crate::block::run),
+    ("bundle", crate::bundle::run),
+    ("channel", crate::channel::run),
     ("fs", crate::fs::run),
     ("net", crate::net::run),
     ("registers", crate::registers::run),
