@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs the engines that the suites (and, with `bench`, the benchmark) run
-# against, from the distribution's packages, without starting their services.
+# Installs the engines that the suites run against (and, with `bench`, those of the
+# benchmark, or, with `oci`, what the programs of the OCI need), from the
+# distribution's packages, without starting their services.
 #
-#   conformance/setup.sh [bench]
+#   conformance/setup.sh [bench|oci]
 set -euo pipefail
 
 packages=(
@@ -12,9 +13,19 @@ packages=(
     procps                      # `docker top` runs the host's ps
     qemu-system-x86             # the machine that has an ordinary KVM
 )
-if [[ ${1:-} == bench ]]; then
-    packages+=(crun runsc)
-fi
+case ${1:-} in
+bench) packages+=(crun runsc) ;;
+oci)
+    # The second runtime that is validated, and what validation/build.sh needs.
+    packages+=(
+        crun golang-go
+        golang-github-{blang-semver,google-uuid,hashicorp-go-multierror,mrunalp-fileutils}-dev
+        golang-github-opencontainers-{selinux,specs}-dev
+        golang-github-{sirupsen-logrus,urfave-cli,xeipuuv-gojsonschema}-dev
+        golang-gocapability-dev golang-golang-x-sys-dev
+    )
+    ;;
+esac
 
 missing=()
 for package in "${packages[@]}"; do

@@ -18,9 +18,10 @@ packages_for() {
     run) echo qemu-system-x86 ;;
     lint) echo shellcheck ;;
     # The engines, the network that dockerd makes, what the images are made of,
-    # the ps that `docker top` runs, the machine that has an ordinary KVM, and
-    # libFuzzer's compiler.
-    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps qemu-system-x86 g++ ;;
+    # the ps that `docker top` runs, the machine that has an ordinary KVM, the
+    # second runtime that the OCI's programs run against, and libFuzzer's compiler.
+    # conformance/setup.sh installs what those programs are built with itself.
+    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps qemu-system-x86 crun g++ ;;
     fuzz) echo g++ ;;
     bench) echo crun runsc ;;
     demo) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap ;;

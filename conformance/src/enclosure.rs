@@ -203,7 +203,18 @@ pub fn cgroup_hierarchies() -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-fn remove_cgroup(group: &Path) {
+/// crun refuses cgroup v1 where a v2 hierarchy is mounted beside it. That goes, in this mount
+/// namespace only.
+pub fn leave_hybrid_cgroups() -> Result<()> {
+    const BESIDE_V1: &str = "/sys/fs/cgroup/unified";
+    if Path::new(BESIDE_V1).join("cgroup.controllers").exists() {
+        Cmd::new("umount").arg(BESIDE_V1).ok()?;
+    }
+    Ok(())
+}
+
+/// Removes a cgroup, and all below it, as far as there are no processes in them.
+pub fn remove_cgroup(group: &Path) {
     for entry in fs::read_dir(group).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove_cgroup(&entry.path());

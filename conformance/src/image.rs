@@ -1,8 +1,10 @@
-//! Root file systems, as `images.sh` builds them; a kernel, as `cloud-kernel.sh` fetches it; an agent to be afraid of.
+//! What the suites work with and scripts make: root file systems (`images.sh`), a kernel (`cloud-kernel.sh`), an agent to
+//! be afraid of (`evil-agent.sh`), and the OCI's programs (`validation/build.sh`).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::Result;
 
@@ -13,6 +15,9 @@ pub const BUSYBOX: &str = "busybox";
 
 /// Debian with Python and Node.js.
 pub const DEBIAN: &str = "debian";
+
+/// How long the OCI's programs may take to build, where the suite did not build them before.
+const BUILD_LIMIT: Duration = Duration::from_secs(600);
 
 /// The tar of an image's root file system, from the cache.
 pub fn tar(name: &str) -> Result<PathBuf> {
@@ -47,6 +52,11 @@ pub fn cloud_kernel() -> Result<PathBuf> {
 /// The program of the agent that turns on its host.
 pub fn evil_agent() -> Result<PathBuf> {
     Ok(PathBuf::from(script("evil-agent.sh").ok()?.text()))
+}
+
+/// The folder of the programs by which the OCI validates runtimes, from the cache.
+pub fn validation_tools() -> Result<PathBuf> {
+    Ok(PathBuf::from(script("validation/build.sh").limit(BUILD_LIMIT).ok()?.text()))
 }
 
 fn script(name: &str) -> Cmd {

@@ -20,6 +20,7 @@ pub mod nameserver;
 pub mod outcome;
 pub mod runtime;
 pub mod suite;
+pub mod tap;
 pub mod terminal;
 
 pub use command::{Cmd, Output};

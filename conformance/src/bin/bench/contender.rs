@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
-use conformance::Cmd;
+use conformance::enclosure::leave_hybrid_cgroups;
 use conformance::runtime::dist;
 
 /// A runtime and how it is called.
@@ -22,7 +22,7 @@ pub(crate) struct Contender {
 impl Contender {
     /// runc, crun and runsc of the distribution, runvm as a user gets it, and runvm without templates. `folder` is for what they need.
     pub(crate) fn all(folder: &Path) -> Result<Vec<Self>> {
-        prepare_cgroups()?;
+        leave_hybrid_cgroups()?;
         let runvm = dist().join("bin/runvm");
         ensure!(runvm.exists(), "there is no {}: run `make build`, or set RUNVM_DIST", runvm.display());
         Ok(vec![
@@ -41,16 +41,6 @@ impl Contender {
             Self { name: "runvm-cold", program: runvm, options: &["--template=off"], alone: &[] },
         ])
     }
-}
-
-/// crun refuses cgroup v1 where a v2 hierarchy is mounted beside it. It goes, in this mount
-/// namespace only.
-fn prepare_cgroups() -> Result<()> {
-    const BESIDE_V1: &str = "/sys/fs/cgroup/unified";
-    if Path::new(BESIDE_V1).join("cgroup.controllers").exists() {
-        Cmd::new("umount").arg(BESIDE_V1).ok()?;
-    }
-    Ok(())
 }
 
 /// runsc starts only where its temporary folder is the system's.
