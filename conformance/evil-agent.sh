@@ -7,4 +7,4 @@ set -euo pipefail
 
 # Within a suite PATH is the engines'; cargo says where it is.
 [[ -z ${CARGO:-} ]] || PATH=$(dirname "$CARGO"):$PATH
-exec "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../packaging/cargo-static.sh" release evil-agent
+exec "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../packaging/cargo-static.sh" evil-agent

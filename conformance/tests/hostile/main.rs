@@ -6,6 +6,7 @@
 //! deleted without a trace. runc has no agent, and does not judge: what proves a case is that the same agent with an
 //! empty plan passes [`life::good`].
 
+mod files;
 mod life;
 mod scene;
 mod templates;
@@ -26,12 +27,15 @@ use scene::Scene;
 /// How many cases run at once: most only wait.
 const AT_ONCE: usize = 8;
 
+/// Drives one container over an evil agent, and fails where the host does not bear it.
+type Judge = Box<dyn Fn(&Scene) -> Result<()> + Send + Sync>;
+
 /// One small test.
 struct Case {
     name: String,
     /// What the agent's plan says: a place and a fault.
     plan: String,
-    judge: Box<dyn Fn(&Scene) -> Result<()> + Send + Sync>,
+    judge: Judge,
 }
 
 fn main() -> ExitCode {
@@ -40,7 +44,7 @@ fn main() -> ExitCode {
         let mut arguments = Arguments::from_args();
         arguments.test_threads.get_or_insert(AT_ONCE);
         let tested = Available::find()?.kvm;
-        let cases: Vec<Case> = life::cases().into_iter().chain(templates::cases()).collect();
+        let cases: Vec<Case> = [life::cases(), templates::cases(), files::cases()].into_iter().flatten().collect();
         if arguments.list {
             let trials = cases.into_iter().map(|case| trial(case.name, tested, || Ok(())));
             return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
