@@ -47,6 +47,7 @@ pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     // The monitor does this again; here it finds a mistake before anything is made.
     bundle::split(&bundle, &options.id)?;
     bundle::mount_points::make(&bundle)?;
+    bundle::remark(&bundle.spec);
     let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
     let launched = launch(globals, options, &bundle, &mut container).and_then(|mut launched| {
         match bring_up(options, &bundle, &mut container, &mut launched) {
@@ -114,8 +115,8 @@ fn run_hooks(bundle: &Bundle, container: &Container) -> Result<()> {
     let Some(hooks) = bundle.spec.hooks() else { return Ok(()) };
     let state = super::oci_state(container)?;
     #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
-    hooks::run("prestart", hooks.prestart().as_ref(), &state)?;
-    hooks::run("createRuntime", hooks.create_runtime().as_ref(), &state)?;
-    hooks::run("createContainer", hooks.create_container().as_ref(), &state)?;
+    hooks::run("prestart", hooks.prestart().iter().flatten(), &state)?;
+    hooks::run("createRuntime", hooks.create_runtime().iter().flatten(), &state)?;
+    hooks::run("createContainer", hooks.create_container().iter().flatten(), &state)?;
     Ok(())
 }

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 use crate::host::{cgroup, hooks};
 use crate::monitor::Globals;
@@ -30,12 +29,11 @@ pub fn delete(globals: &Globals, id: &str, force: bool) -> Result<()> {
         status => return Err(Error::CannotDelete { id: id.to_owned(), status }),
     }
     let state = super::oci_state(&container)?;
-    let bundle = container.record.bundle.clone();
+    let poststop = container.record.hooks.as_ref().and_then(|hooks| hooks.poststop().clone());
     clean_up(&mut container)?;
-    // The bundle may be gone already; then so are its hooks.
-    if let Ok(bundle) = Bundle::load(&bundle) {
-        let poststop = bundle.spec.hooks().as_ref().and_then(|hooks| hooks.poststop().as_ref());
-        if let Err(error) = hooks::run("poststop", poststop, &state) {
+    for hook in poststop.into_iter().flatten() {
+        // One that fails keeps neither the others nor the container's end from happening.
+        if let Err(error) = hooks::run("poststop", [&hook], &state) {
             tracing::warn!("{error}");
         }
     }

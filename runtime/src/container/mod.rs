@@ -10,7 +10,6 @@ use std::path::Path;
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 use crate::host::hooks;
 use crate::monitor::{Globals, KILL_SENT, connect, single_threaded};
@@ -30,14 +29,18 @@ pub fn start(globals: &Globals, id: &str) -> Result<()> {
         Status::Created => {}
         status => return Err(Error::CannotStart(status)),
     }
-    let bundle = Bundle::load(&container.record.bundle)?;
     single_threaded(async { Ok(connect(container.dir()).await?.start_container(id).await?) })?;
     container.record.phase = Phase::Running;
     container.save()?;
-    let poststart = bundle.spec.hooks().as_ref().and_then(|hooks| hooks.poststart().as_ref());
+    let poststart = container.record.hooks.iter().filter_map(|hooks| hooks.poststart().as_ref()).flatten();
     // It was started, and a short program may have ended since: the hooks are those of a running container.
-    hooks::run("poststart", poststart, &oci_state_as(&container, Status::Running)?)?;
-    Ok(())
+    let done = hooks::run("poststart", poststart, &oci_state_as(&container, Status::Running)?);
+    if done.is_err()
+        && let Some(monitor) = container.record.monitor
+    {
+        monitor.signal(Signal::KILL).map_err(Error::system("stop the container"))?;
+    }
+    Ok(done?)
 }
 
 /// Sends a signal to the container's first process, or to all.

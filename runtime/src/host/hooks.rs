@@ -45,8 +45,8 @@ pub enum HookError {
 ///
 /// # Errors
 /// That of the first hook that fails.
-pub fn run(kind: &'static str, hooks: Option<&Vec<Hook>>, state: &[u8]) -> Result<(), HookError> {
-    hooks.into_iter().flatten().try_for_each(|hook| run_one(kind, hook, state))
+pub fn run<'a>(kind: &'static str, hooks: impl IntoIterator<Item = &'a Hook>, state: &[u8]) -> Result<(), HookError> {
+    hooks.into_iter().try_for_each(|hook| run_one(kind, hook, state))
 }
 
 fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
@@ -103,18 +103,18 @@ mod tests {
 
     #[test]
     fn a_hook_gets_the_state_and_its_environment() {
-        run("prestart", Some(&hook("test \"$(cat)\" = '{state}' && test $A = b", None)), b"{state}").unwrap();
+        run("prestart", &hook("test \"$(cat)\" = '{state}' && test $A = b", None), b"{state}").unwrap();
     }
 
     #[test]
     fn a_failing_hook_is_named_with_what_it_said() {
-        let message = run("prestart", Some(&hook("echo no good >&2; exit 3", None)), b"").unwrap_err().to_string();
+        let message = run("prestart", &hook("echo no good >&2; exit 3", None), b"").unwrap_err().to_string();
         assert!(message.contains("prestart") && message.contains("no good") && message.contains('3'), "{message}");
     }
 
     #[test]
     fn a_hook_that_hangs_is_ended() {
-        let message = run("poststop", Some(&hook("exec sleep 60", Some(1))), b"").unwrap_err().to_string();
+        let message = run("poststop", &hook("exec sleep 60", Some(1)), b"").unwrap_err().to_string();
         assert!(message.contains("within 1 seconds"), "{message}");
     }
 }

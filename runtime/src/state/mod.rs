@@ -10,6 +10,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use oci_spec::runtime::Hooks;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -17,7 +18,7 @@ use thiserror::Error;
 use crate::host::process::ProcessIdentity;
 
 /// The version of the record's format; another one's is not read.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// What the name of an exec's process has in front of it.
 const EXEC: &str = "exec-";
 const FILE: &str = "state.json";
@@ -125,6 +126,8 @@ pub struct Record {
     pub owner: u32,
     /// The annotations of its config.json.
     pub annotations: HashMap<String, String>,
+    /// The hooks of its config.json, which may change once the container is made.
+    pub hooks: Option<Hooks>,
     /// How far its verbs have come.
     pub phase: Phase,
     /// The process that stands for it; none before that was made.
@@ -147,6 +150,7 @@ impl Record {
             created: crate::log::timestamp(),
             owner: rustix::process::getuid().as_raw(),
             annotations: bundle.spec.annotations().clone().unwrap_or_default(),
+            hooks: bundle.spec.hooks().clone(),
             phase: Phase::Creating,
             monitor: None,
             helpers: Vec::new(),
