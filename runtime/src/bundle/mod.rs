@@ -6,6 +6,7 @@
 pub mod mount_points;
 mod namespaces;
 mod split;
+mod unsupported;
 
 use std::fs;
 use std::io;
@@ -16,6 +17,7 @@ use thiserror::Error;
 
 pub use namespaces::NetworkNamespace;
 pub use split::{GuestSpec, split};
+pub use unsupported::remark;
 
 /// The newest version of the runtime specification that is understood.
 pub const OCI_VERSION: &str = "1.2.1";
@@ -103,6 +105,7 @@ impl Bundle {
         let rootfs = rootfs(&path, root.path()).map_err(|problem| field("root.path", problem))?;
         let bundle = Self { path, rootfs, spec };
         namespaces::check(&bundle)?;
+        unsupported::check(&bundle)?;
         Ok(bundle)
     }
 

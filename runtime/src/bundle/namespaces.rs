@@ -55,6 +55,7 @@ pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
         }
         _ => {}
     }
+    check_new(bundle)?;
     let shared = namespaces(&bundle.spec).iter().find(|namespace| {
         namespace.typ() != LinuxNamespaceType::Network
             && namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty())
@@ -69,6 +70,19 @@ pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
             ),
         )),
     }
+}
+
+/// Refuses new namespaces that a guest does not make, and the lack of one that it needs.
+fn check_new(bundle: &Bundle) -> Result<(), BundleError> {
+    let has = |kind| namespaces(&bundle.spec).iter().any(|namespace| namespace.typ() == kind);
+    let problem = if has(LinuxNamespaceType::User) {
+        "asks for a user namespace, which a container in a VM has none of: the VM is the wall"
+    } else if !has(LinuxNamespaceType::Mount) {
+        "has no mount namespace: a container in a VM cannot use the host's mounts"
+    } else {
+        return Ok(());
+    };
+    Err(bundle.field("linux.namespaces", problem))
 }
 
 fn host_network(bundle: &Bundle, finding: &str) -> BundleError {
@@ -94,8 +108,8 @@ mod tests {
 
     #[test]
     fn the_network_namespace_is_found() {
-        let new = bundle(r#"{"type":"network"}"#);
-        let named = bundle(r#"{"type":"network","path":"/run/netns/a"}"#);
+        let new = bundle(r#"{"type":"network"},{"type":"mount"}"#);
+        let named = bundle(r#"{"type":"network","path":"/run/netns/a"},{"type":"mount"}"#);
         assert_eq!(new.network_namespace(), NetworkNamespace::New);
         assert_eq!(named.network_namespace(), NetworkNamespace::Existing("/run/netns/a".into()));
         assert!(check(&new).is_ok() && check(&named).is_ok());
@@ -107,7 +121,9 @@ mod tests {
             (r#"{"type":"mount"}"#, "--network host"),
             (r#"{"type":"network","path":"/proc/self/ns/net"}"#, "--network host"),
             (r#"{"type":"network","path":"/proc/999999999/ns/net"}"#, "--network container:"),
-            (r#"{"type":"network"},{"type":"pid","path":"/proc/42/ns/pid"}"#, "pid namespace"),
+            (r#"{"type":"network"},{"type":"mount"},{"type":"pid","path":"/proc/42/ns/pid"}"#, "pid namespace"),
+            (r#"{"type":"network"},{"type":"mount"},{"type":"user"}"#, "user namespace"),
+            (r#"{"type":"network"}"#, "mount namespace"),
         ] {
             let message = check(&bundle(namespaces)).unwrap_err().to_string();
             assert!(message.contains(reason), "{message}");

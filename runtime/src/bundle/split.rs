@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, Spec};
 use runvm_protocol::SHARE_MOUNT_POINT;
 
-use super::{Bundle, BundleError};
+use super::{Bundle, BundleError, unsupported};
 use crate::share::Export;
 
 /// The guest's part of a bundle.
@@ -102,6 +102,7 @@ fn of_the_kernel(path: &Path) -> bool {
 }
 
 fn take_out_host_matters(spec: &mut Spec) {
+    let shifts_clocks = unsupported::has_offsets(spec);
     let start_container = spec.hooks().as_ref().and_then(|hooks| hooks.start_container().clone());
     spec.set_hooks(start_container.map(|start_container| {
         let mut hooks = Hooks::default();
@@ -116,12 +117,23 @@ fn take_out_host_matters(spec: &mut Spec) {
     if let Some(linux) = spec.linux_mut() {
         linux.set_cgroups_path(None);
         linux.set_mount_label(None);
-        linux.set_intel_rdt(None);
+        if let Some(resources) = linux.resources_mut() {
+            // Files are read and written by the host, in its cgroup.
+            resources.set_block_io(None);
+            if let Some(cpu) = resources.cpu_mut() {
+                // The numbers are of the host's processors and nodes, and its cgroup holds the VM to them. The guest has as
+                // many processors as there are in the list, or fewer.
+                cpu.set_cpus(None).set_mems(None);
+            }
+        }
         if let Some(namespaces) = linux.namespaces_mut() {
-            // The whole guest is the container's network namespace. A time namespace is of no use in a kernel
-            // that booted with the container.
-            namespaces
-                .retain(|namespace| !matches!(namespace.typ(), LinuxNamespaceType::Network | LinuxNamespaceType::Time));
+            // The whole guest is the container's network namespace. A time namespace without offsets is of no use in a
+            // kernel that booted with the container.
+            namespaces.retain(|namespace| match namespace.typ() {
+                LinuxNamespaceType::Network => false,
+                LinuxNamespaceType::Time => shifts_clocks,
+                _ => true,
+            });
         }
     }
 }
@@ -170,7 +182,8 @@ mod tests {
         let guest = split_spec(
             r#"{"ociVersion":"1.0.2",
                 "hooks":{"prestart":[{"path":"/bin/a"}],"startContainer":[{"path":"/bin/b"}]},
-                "linux":{"cgroupsPath":"/docker/x","namespaces":[{"type":"network"},{"type":"pid"}]}}"#,
+                "linux":{"cgroupsPath":"/docker/x","namespaces":[{"type":"network"},{"type":"time"},{"type":"pid"}],
+                    "resources":{"cpu":{"cpus":"12-13","mems":"1","shares":5},"blockIO":{"weight":10}}}}"#,
         )
         .unwrap();
         let hooks = guest.spec.hooks().as_ref().unwrap();
@@ -179,5 +192,9 @@ mod tests {
         let linux = guest.spec.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path(), &None);
         assert_eq!(linux.namespaces().as_ref().unwrap().len(), 1);
+        let resources = linux.resources().as_ref().unwrap();
+        let cpu = resources.cpu().as_ref().unwrap();
+        assert_eq!((cpu.cpus(), cpu.mems(), cpu.shares()), (&None, &None, Some(5)));
+        assert_eq!(resources.block_io(), &None);
     }
 }

@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxBlockIo, LinuxResources, Spec};
 use rustix::process::Signal;
 use thiserror::Error;
 
+use super::block_io;
 use super::process::ProcessIdentity;
 
 /// The hierarchies of version 1 that each container joins where they are mounted.
@@ -176,6 +177,9 @@ impl Hierarchies {
                 inherit_cpuset(mount_point, &folder)?;
             }
             limits.v1(controller).try_for_each(|(file, value)| write(&folder.join(file), &value))?;
+            if let Some(disks) = block_io(resources).filter(|_| controller == "blkio") {
+                block_io::v1(disks).iter().try_for_each(|(file, line)| write(&folder.join(file), line))?;
+            }
             // Controllers mounted together share their folder.
             if !folders.contains(&folder) {
                 folders.push(folder);
@@ -202,8 +206,15 @@ impl Hierarchies {
             .v2()
             .filter(|(file, _)| folder.join(file).exists())
             .try_for_each(|(file, value)| write(&folder.join(file), &value))?;
+        if let Some(disks) = block_io(resources) {
+            block_io::v2(disks).iter().try_for_each(|(file, line)| write(&folder.join(file), line))?;
+        }
         Ok(Cgroup { folders: vec![folder], list: V2_LIST })
     }
+}
+
+fn block_io(resources: Option<&LinuxResources>) -> Option<&LinuxBlockIo> {
+    resources.and_then(|resources| resources.block_io().as_ref())
 }
 
 /// A new cpuset of version 1 is empty, and takes no process before it has processors and memory nodes.
@@ -230,12 +241,15 @@ struct Limits {
     cpus: Option<String>,
     mems: Option<String>,
     memory: Option<i64>,
+    reservation: Option<i64>,
+    swappiness: Option<u64>,
 }
 
 impl Limits {
     fn new(resources: Option<&LinuxResources>, guest_memory: u64) -> Self {
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-        let memory = resources.and_then(|resources| resources.memory().as_ref()).and_then(|memory| memory.limit());
+        let of_memory = resources.and_then(|resources| resources.memory().as_ref());
+        let memory = of_memory.and_then(|memory| memory.limit());
         let guest_memory = i64::try_from(guest_memory).unwrap_or(i64::MAX);
         Self {
             shares: cpu.and_then(|cpu| cpu.shares()).filter(|&shares| shares > 0),
@@ -246,6 +260,9 @@ impl Limits {
             memory: memory
                 .filter(|&limit| limit > 0)
                 .map(|_| guest_memory.saturating_add(guest_memory / 16).saturating_add(MEMORY_OVERHEAD)),
+            reservation: of_memory.and_then(|memory| memory.reservation()).filter(|&bytes| bytes > 0),
+            // Docker's word for no wish is -1.
+            swappiness: of_memory.and_then(|memory| memory.swappiness()).filter(|&percent| percent <= 100),
         }
     }
 
@@ -258,7 +275,11 @@ impl Limits {
                 ("cpu.cfs_quota_us", self.quota.map(|quota| quota.to_string())),
             ],
             "cpuset" => vec![("cpuset.cpus", self.cpus.clone()), ("cpuset.mems", self.mems.clone())],
-            "memory" => vec![("memory.limit_in_bytes", self.memory.map(|limit| limit.to_string()))],
+            "memory" => vec![
+                ("memory.limit_in_bytes", self.memory.map(|limit| limit.to_string())),
+                ("memory.soft_limit_in_bytes", self.reservation.map(|bytes| bytes.to_string())),
+                ("memory.swappiness", text(self.swappiness)),
+            ],
             _ => Vec::new(),
         };
         files.into_iter().filter_map(|(file, value)| Some((file, value?)))
@@ -274,6 +295,7 @@ impl Limits {
             ("cpuset.cpus", self.cpus.clone()),
             ("cpuset.mems", self.mems.clone()),
             ("memory.max", self.memory.map(|limit| limit.to_string())),
+            ("memory.low", self.reservation.map(|bytes| bytes.to_string())),
         ]
         .into_iter()
         .filter_map(|(file, value)| Some((file, value?)))

@@ -1,5 +1,6 @@
 //! What runvm does to the host: cgroups, hooks, processes and what they inherit.
 
+mod block_io;
 pub mod cgroup;
 pub mod hooks;
 pub mod process;
