@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
 use super::process::{self, Stdio, failed, let_go, tell};
-use super::{priority, program, rootfs, sysctl};
+use super::{clocks, priority, program, rootfs, sysctl};
 use crate::child;
 
 /// personality(2): programs see a machine of 32 bits.
@@ -34,9 +34,10 @@ pub(super) struct Reins {
 }
 
 /// The namespaces that the process is born in, as flags of clone(2). That of cgroups has to wait until it is in its
-/// cgroup.
+/// cgroup, and that of time until its clocks are set.
 pub(super) fn birth_namespaces(linux: &Linux) -> libc::c_int {
-    let namespaces = process::namespaces(linux).difference(ThreadNameSpaceType::CONTROL_GROUP);
+    let later = ThreadNameSpaceType::CONTROL_GROUP | ThreadNameSpaceType::TIME;
+    let namespaces = process::namespaces(linux).difference(later);
     namespaces.bits().cast_signed()
 }
 
@@ -87,7 +88,7 @@ fn prepare<'a>(spec: &'a Spec, stdio: &Stdio, console: &OwnedFd) -> Result<&'a P
     Ok(process)
 }
 
-/// What is left of the namespaces: that of cgroups, names, and parameters of the kernel that belong to one.
+/// What is left of the namespaces: those of cgroups and time, names, and parameters of the kernel that belong to one.
 fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
     let own = process::namespaces(linux);
     if own.contains(ThreadNameSpaceType::CONTROL_GROUP) {
@@ -103,6 +104,7 @@ fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
             rustix::system::setdomainname(name.as_bytes()).map_err(failed("set domainname"))?;
         }
     }
+    clocks::shift(linux)?;
     linux.sysctl().as_ref().map_or(Ok(()), sysctl::set)
 }
 

@@ -1,6 +1,7 @@
 //! The containers of the guest, and the processes in them.
 
 mod cgroup;
+mod clocks;
 mod create;
 pub(crate) mod devices;
 mod exec;
@@ -8,6 +9,7 @@ mod init;
 mod priority;
 mod process;
 mod program;
+mod propagation;
 mod rootfs;
 pub(crate) mod spec;
 mod sysctl;

@@ -14,6 +14,7 @@ use rustix::mount::{MountFlags, mount, mount_bind, mount_bind_recursive, mount_r
 
 use super::process::failed;
 use super::program::describe;
+use super::propagation;
 
 /// Mounts what the specification has, and makes it the root of the calling process, which is in a mount namespace of
 /// its own.
@@ -22,6 +23,7 @@ pub(super) fn enter(spec: &Spec, linux: &Linux) -> Result<(), String> {
     let file_systems = RootFS::new();
     file_systems.prepare_rootfs(spec, root, false, true).map_err(failed("prepare the root file system"))?;
     create_syscall().pivot_rootfs(root).map_err(failed("enter the root file system"))?;
+    propagation::set(spec)?;
     file_systems.adjust_root_mount_propagation(linux).map_err(failed("set linux.rootfsPropagation"))
 }
 

@@ -56,6 +56,7 @@ impl GuestSpec {
         if spec.mounts().iter().flatten().any(id_mapped) {
             return Err(SpecError::Unsupported("mounts: uidMappings or gidMappings"));
         }
+        spec.mounts_mut().iter_mut().flatten().for_each(adapt_mount);
         let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
         let net_sysctls = adapt_linux(&mut linux)?;
         linux.set_cgroups_path(Some(cgroup.into()));
@@ -168,7 +169,7 @@ fn adapt_linux(linux: &mut Linux) -> Result<HashMap<String, String>, SpecError> 
         adapt_resources(&mut resources)?;
         linux.set_resources(Some(resources));
     }
-    if let Some(devices) = linux.devices().clone() {
+    if let Some(devices) = linux.devices().clone().filter(|_| allows_every_device(linux)) {
         linux.set_devices(Some(devices_of_the_guest(devices, &guest_devices())));
     }
     let sysctls = linux.sysctl().clone().unwrap_or_default();
@@ -227,10 +228,37 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<(), SpecError> {
     Ok(())
 }
 
+/// Says what libcontainer does not know in its words, and leaves out what is so anyway.
+fn adapt_mount(mount: &mut Mount) {
+    let options = mount.options().iter().flatten().filter_map(|option| match option.as_str() {
+        // Of no effect on a container: whether the kernel logs, and what no file system of the guest does.
+        "silent" | "loud" | "noiversion" => None,
+        // Of one mount and of all below it alike: what is bound comes as one file system.
+        "nosymfollow" => Some("rnosymfollow".to_owned()),
+        "symfollow" => Some("rsymfollow".to_owned()),
+        _ => Some(option.clone()),
+    });
+    let options = options.collect();
+    if mount.options().is_some() {
+        mount.set_options(Some(options));
+    }
+}
+
+/// Whether a container is privileged, as engines have it.
+fn allows_every_device(linux: &Linux) -> bool {
+    let rules = linux.resources().as_ref().and_then(|resources| resources.devices().as_ref());
+    rules.into_iter().flatten().any(|rule| {
+        let any_number = |number: Option<i64>| number.is_none_or(|number| number < 0);
+        let any_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+        rule.allow() && any_type && any_number(rule.major()) && any_number(rule.minor())
+    })
+}
+
 /// A device's type and number.
 type DeviceNumber = (LinuxDeviceType, u32, u32);
 
-/// Keeps the devices that exist here: a privileged container's list is the host's.
+/// Keeps the devices that exist here: a privileged container's list is all that the host has. Others are made as they are
+/// asked for, and who opens one that the guest does not have is told so.
 fn devices_of_the_guest(devices: Vec<LinuxDevice>, existing: &[DeviceNumber]) -> Vec<LinuxDevice> {
     let number = |device: &LinuxDevice| {
         let kind = if device.typ() == LinuxDeviceType::U { LinuxDeviceType::C } else { device.typ() };
