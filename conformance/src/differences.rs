@@ -13,12 +13,18 @@ use crate::Outcome;
 pub struct Difference {
     /// The case, as the suite names it: `docker::network::host_is_refused`.
     case: String,
-    /// The observation that differs.
+    /// The observation that differs; `*` stands for any.
     what: String,
     /// What runvm's observation is, or a part of it.
     runvm: String,
     /// Why it is right that they differ.
     reason: String,
+}
+
+impl Difference {
+    fn is_of(&self, what: &str) -> bool {
+        self.what == what || self.what == "*"
+    }
 }
 
 #[derive(Deserialize)]
@@ -57,13 +63,13 @@ impl Differences {
         let listed: Vec<_> = self.0.iter().filter(|entry| entry.case == case).collect();
         let mut complaints = Vec::new();
         for (what, with_runc, with_runvm) in &differences {
-            let known = listed.iter().any(|entry| entry.what == *what && with_runvm.contains(&entry.runvm));
+            let known = listed.iter().any(|entry| entry.is_of(what) && with_runvm.contains(&entry.runvm));
             if !known {
                 complaints.push(format!("{what}:\n  runc:  {with_runc:?}\n  runvm: {with_runvm:?}"));
             }
         }
         for entry in &listed {
-            if !differences.iter().any(|(what, ..)| *what == entry.what) {
+            if !differences.iter().any(|(what, ..)| entry.is_of(what)) {
                 complaints.push(format!(
                     "{}: differences.toml lists a difference that is none, both are {:?}: take the entry out",
                     entry.what,
@@ -117,6 +123,14 @@ mod tests {
         assert!(list.judge("docker::a::b", &outcome(0), &outcome(125)).is_ok());
         assert!(list.judge("docker::a::b", &outcome(0), &outcome(1)).is_err());
         assert!(list.judge("docker::a::c", &outcome(0), &outcome(125)).is_err());
+    }
+
+    #[test]
+    fn a_star_stands_for_any_observation() {
+        let list = Differences::parse(&LIST.replace("exit", "*")).unwrap();
+        assert!(list.judge("docker::a::b", &outcome(0), &outcome(125)).is_ok());
+        assert!(list.judge("docker::a::b", &outcome(0), &outcome(1)).is_err());
+        assert!(list.judge("docker::a::b", &outcome(0), &outcome(0)).is_err());
     }
 
     #[test]

@@ -7,6 +7,10 @@ use anyhow::{Context as _, Result};
 use conformance::enclosure::Enclosure;
 use conformance::{Cmd, Runtime};
 
+/// The programs kill as soon as they have started, and expect that a shell has set its traps by then. Whether it has is
+/// chance, with runc too, and nothing tells.
+const BEFORE_KILL: &str = r#"[ "$1" != kill ] || sleep 0.5"#;
+
 /// A runtime, as the programs call it: by one word.
 pub(crate) struct Contender {
     pub(crate) name: &'static str,
@@ -39,7 +43,8 @@ impl Contender {
         let program = self.runtime.map_or_else(|| PathBuf::from("/usr/bin/crun"), Runtime::program);
         let options = self.runtime.map(Runtime::options).unwrap_or_default().join(" ");
         let root = self.script.with_extension("state");
-        let script = format!("#!/bin/sh\nexec {} --root {} {options} \"$@\"\n", program.display(), root.display());
+        let (program, state) = (program.display(), root.display());
+        let script = format!("#!/bin/sh\n{BEFORE_KILL}\nexec {program} --root {state} {options} \"$@\"\n");
         std::fs::create_dir_all(&root)?;
         std::fs::create_dir_all(&self.bundles)?;
         std::fs::write(&self.script, script)?;
