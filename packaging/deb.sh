@@ -12,7 +12,7 @@ readonly program=$dist/bin/runvm
 
 main() {
     local version package
-    version=$("$program" --version | cut -d ' ' -f 2)
+    version=$("$program" --version | sed -n 's,^runvm version ,,p')
     package=$out/runvm_${version}_amd64.deb
     root=$(mktemp -d "$out/deb.XXXXXX")
     trap 'rm -rf "$root"' EXIT

@@ -90,6 +90,22 @@ impl agent_ttrpc::Agent for Agent {
         Ok(self.containers.update(&request.container_id, &request.resources).map(empty)?)
     }
 
+    async fn container_statistics(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ContainerRequest,
+    ) -> ttrpc::Result<agent::ContainerStatisticsResponse> {
+        Ok(self.containers.statistics(&request.container_id)?)
+    }
+
+    async fn await_out_of_memory(
+        &self,
+        _: &TtrpcContext,
+        request: agent::AwaitOutOfMemoryRequest,
+    ) -> ttrpc::Result<agent::AwaitOutOfMemoryResponse> {
+        Ok(self.containers.await_out_of_memory(&request.container_id, request.known).await?)
+    }
+
     async fn list_processes(
         &self,
         _: &TtrpcContext,

@@ -48,7 +48,7 @@ pub enum Error {
     /// KVM was demanded and is not there.
     #[error(transparent)]
     NoKvm(#[from] NoKvm),
-    /// A signal or an exec for a container without processes.
+    /// What takes a container with processes that go on, for one that has none, or none that do.
     #[error("container not running")]
     NotRunning,
     /// A signal for a process that has ended.
@@ -65,13 +65,20 @@ pub enum Error {
         /// What it is instead.
         status: Status,
     },
-    /// `pause` of a container that does not run, `resume` of one that is not paused.
-    #[error("cannot {verb} a container that is {}", status.name())]
-    CannotFreeze {
-        /// The verb.
-        verb: &'static str,
-        /// What the container is.
-        status: Status,
+    /// `resume` of a container that is not paused.
+    #[error("container not paused")]
+    NotPaused,
+    /// `update` to more memory than there is.
+    #[error(
+        "cannot set the memory limit to {limit} bytes: the container's VM has {} MiB, and gets no more while it runs: \
+         give the limit when the container is created",
+        memory >> 20
+    )]
+    TooLarge {
+        /// In bytes.
+        limit: i64,
+        /// The VM's, in bytes.
+        memory: u64,
     },
     /// The monitor, a process of its own, failed; its sentence.
     #[error("{0}")]

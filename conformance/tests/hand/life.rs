@@ -21,6 +21,10 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(pause_and_resume),
         case!(an_id_may_be_used_again),
         case!(start_twice_is_refused),
+        case!(kill_of_all_processes),
+        case!(a_folder_without_a_record),
+        case!(an_emptied_state_root),
+        case!(checkpoints_are_refused),
     ]
 }
 
@@ -198,4 +202,66 @@ fn start_twice_is_refused(h: &Hand) -> Result<Outcome> {
     let output = bundle.call("start").run()?;
     expect_equal("exit code", output.code, 1)?;
     Ok(Outcome::new().see("exit", output.code).see("then", bundle.status()?))
+}
+
+fn kill_of_all_processes(h: &Hand) -> Result<Outcome> {
+    let script = "(trap 'echo child; exit' USR1; echo ready; while :; do sleep 0.1; done) &
+                  trap 'echo parent' USR1; while :; do sleep 0.1; done";
+    let bundle = h.bundle(script)?;
+    bundle.start()?;
+    bundle.expect_written("ready")?;
+    bundle.call("kill --all").arg("USR1").ok()?;
+    bundle.expect_written("child")?;
+    bundle.expect_written("parent")?;
+    let killed = bundle.call("kill -a").arg("9").run()?;
+    bundle.expect_stopped()?;
+    // Engines do this after the end of a container, to make sure.
+    let again = bundle.call("kill --all").arg("9").run()?;
+    Ok(Outcome::new().see("killed", killed.code).see("again", again.code))
+}
+
+fn a_folder_without_a_record(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("exit 0")?;
+    let root = h.folder().join("root");
+    std::fs::create_dir_all(root.join(&bundle.id))?;
+    let with_root = |verb: &str| bundle.call(&format!("--root {} {verb}", root.display())).current_dir(&bundle.path);
+    let deleted = with_root("delete --force").run()?;
+    let run = with_root("run").run()?;
+    Ok(Outcome::new().see("delete", deleted.code).see("run", run.code))
+}
+
+/// The host was restarted: neither the processes are there nor what the runtime has noted of them.
+fn an_emptied_state_root(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("echo started; sleep 1000")?;
+    let root = h.folder().join("root");
+    let words = |verb: &str| format!("--root {} {verb}", root.display());
+    bundle.in_background(&words("run --detach"))?;
+    let state: serde_json::Value = serde_json::from_str(&bundle.call(&words("state")).ok()?.stdout)?;
+    let pid = state["pid"].to_string();
+    conformance::Cmd::new("kill").args(["-9", &pid]).ok()?;
+    conformance::Cmd::new("tail").args(["--pid", &pid, "-f", "/dev/null"]).ok()?;
+    std::fs::remove_dir_all(&root)?;
+
+    let list = h.call(&words("list --quiet")).run()?;
+    expect_equal("list", list.text(), "")?;
+    let state = bundle.call(&words("state")).run()?;
+    let deleted = bundle.call(&words("delete --force")).run()?;
+    let again = bundle.in_background(&words("run --detach"))?;
+    expect_equal("exit of another run", again.code, 0)?;
+    bundle.expect_written("started")?;
+    bundle.call(&words("delete --force")).ok()?;
+    bundle.expect_no_trace()?;
+    Ok(Outcome::new().see("list", list.code).see("state", state.code).see("delete", deleted.code))
+}
+
+fn checkpoints_are_refused(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("sleep 1000")?;
+    bundle.start()?;
+    // runc has no CRIU here.
+    let checkpoint = bundle.call("checkpoint --image-path /tmp --leave-running").run()?;
+    let restore = bundle.call("restore --detach --image-path /tmp").run()?;
+    Ok(Outcome::new()
+        .see("checkpoint", checkpoint.code)
+        .see("restore", restore.code)
+        .see("the container", bundle.status()?))
 }

@@ -1,7 +1,9 @@
 //! The runtime called by hand, with bundles made by hand, held against runc.
 
 mod life;
+mod limits;
 mod missing;
+mod pauses;
 mod processes;
 mod refused;
 mod report;
@@ -17,6 +19,8 @@ use conformance::suite::{Suite, run};
 fn main() -> ExitCode {
     let cases = [
         life::cases(),
+        pauses::cases(),
+        limits::cases(),
         processes::cases(),
         surroundings::cases(),
         report::cases(),

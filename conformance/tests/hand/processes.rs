@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use conformance::bundle::Hand;
 use conformance::command::eventually;
 use conformance::suite::expect_equal;
-use conformance::{Case, Outcome, Terminal, case};
+use conformance::{Case, Cmd, Outcome, Terminal, case};
 use serde_json::json;
 
 pub(crate) fn cases() -> Vec<Case<Hand>> {
@@ -15,6 +15,11 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(exec_has_a_terminal),
         case!(exec_takes_user_folder_and_environment),
         case!(exec_of_a_process_file),
+        case!(exec_leaves_the_groups),
+        case!(exec_adds_capabilities),
+        case!(exec_in_a_cgroup),
+        case!(exec_passes_no_descriptors),
+        case!(exec_has_no_labels),
         case!(exec_in_the_background_has_a_pid),
         case!(exec_of_what_is_not_there),
         case!(exec_needs_a_running_container),
@@ -78,6 +83,51 @@ fn exec_of_a_process_file(h: &Hand) -> Result<Outcome> {
         output.stderr
     );
     Ok(Outcome::new().see_output("exec", &output))
+}
+
+fn exec_leaves_the_groups(h: &Hand) -> Result<Outcome> {
+    let user = json!({"uid": 5, "gid": 6, "additionalGids": [7]});
+    let bundle = h.bundle_with(SLEEP, |config| config["process"]["user"] = user)?;
+    bundle.start()?;
+    let output = bundle.exec("--user 1000 --additional-gids 8", "id -u; id -g; id -G").run()?;
+    expect_equal("output", output.text(), "1000\n6\n6 7 8")?;
+    Ok(Outcome::new().see_output("exec", &output))
+}
+
+fn exec_adds_capabilities(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let output = bundle.exec("--cap CAP_NET_RAW --cap CAP_CHOWN", "grep ^Cap /proc/self/status").run()?;
+    ensure!(output.stdout.contains("CapEff:"), "no capabilities: {}", output.stdout);
+    let of_a_user = bundle.exec("--cap CAP_NET_RAW --user 1000", "grep ^Cap /proc/self/status").run()?;
+    Ok(Outcome::new().see_output("root", &output).see("user", of_a_user.stdout))
+}
+
+fn exec_in_a_cgroup(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let own = bundle.exec("--cgroup /", "echo inside").run()?;
+    expect_equal("the container's own", own.text(), "inside")?;
+    let missing = bundle.exec("--cgroup no/such", "echo inside").run()?;
+    Ok(Outcome::new().see("own", own.code).see("missing", missing.code))
+}
+
+fn exec_passes_no_descriptors(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let none = bundle.exec("--preserve-fds 0", "echo inside").run()?;
+    let line = "exec 3</dev/null; exec \"$@\"";
+    let command = bundle.exec("--preserve-fds 1", "echo inside").into_command();
+    let one = Cmd::new("sh").args(["-c", line, "sh"]).arg(command.get_program()).args(command.get_args()).run()?;
+    Ok(Outcome::new().see("none", none.code).see("one", one.code))
+}
+
+fn exec_has_no_labels(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    Ok(Outcome::new()
+        .see("AppArmor", bundle.exec("--apparmor no-such-profile", "true").run()?.code)
+        .see("SELinux", bundle.exec("--process-label no-such-label", "true").run()?.code))
 }
 
 fn exec_in_the_background_has_a_pid(h: &Hand) -> Result<Outcome> {

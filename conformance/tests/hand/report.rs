@@ -60,8 +60,10 @@ fn features_are_json(h: &Hand) -> Result<Outcome> {
 fn the_version_is_told(h: &Hand) -> Result<Outcome> {
     let output = h.call("--version").ok()?;
     let name = if h.runtime().is_runc() { "runc" } else { "runvm" };
-    ensure!(output.stdout.starts_with(&format!("{name} ")), "another program: {}", output.stdout);
-    Ok(Outcome::new().see("exit", output.code))
+    ensure!(output.stdout.starts_with(&format!("{name} version ")), "another program: {}", output.stdout);
+    ensure!(output.stdout.lines().any(|line| line.starts_with("spec: ")), "no specification: {}", output.stdout);
+    let short = h.call("-v").ok()?;
+    Ok(Outcome::new().see("exit", output.code).see("short", short.stdout == output.stdout))
 }
 
 fn an_unknown_verb_is_refused(h: &Hand) -> Result<Outcome> {

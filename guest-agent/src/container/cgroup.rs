@@ -1,5 +1,6 @@
 //! The cgroup of one container.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -52,6 +53,25 @@ impl Cgroup {
         manager.apply(&options).map_err(|error| error.to_string())
     }
 
+    /// Has the kernel take back so much memory that no more than `limit` bytes are used: it kills where a limit is set
+    /// below the use. What cannot be done is said in runc's words.
+    pub(crate) fn make_room(&self, limit: i64) -> Result<(), String> {
+        let Ok(limit) = u64::try_from(limit) else { return Ok(()) };
+        let usage = || self.number("memory.current").unwrap_or(0);
+        let excess = usage().saturating_sub(limit);
+        if excess > 0 {
+            // It fails where it takes back less, which the next line tells.
+            let _ = fs::write(self.path.join("memory.reclaim"), excess.to_string());
+        }
+        match usage() {
+            usage if usage <= limit => Ok(()),
+            usage => {
+                let peak = self.number("memory.peak").unwrap_or(0);
+                Err(format!("unable to set memory limit to {limit} (current usage: {usage}, peak usage: {peak})"))
+            }
+        }
+    }
+
     /// Freezes or thaws every process.
     pub(crate) async fn freeze(&self, frozen: bool) -> io::Result<()> {
         fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
@@ -80,10 +100,15 @@ impl Cgroup {
         Ok(processes)
     }
 
-    /// Whether the kernel has killed a process for want of memory.
-    pub(crate) fn oom_killed(&self) -> bool {
-        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
-        events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
+    /// How many processes the kernel has killed for want of memory.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let events = self.table("memory.events");
+        events.get("oom_kill").copied().unwrap_or(0)
+    }
+
+    /// Waits until there are more of them than `known`.
+    pub(crate) async fn await_oom_kill(&self, known: u64) -> io::Result<()> {
+        self.watch("memory.events", || self.oom_kills() > known).await
     }
 
     /// Ends what still runs, and removes the cgroup.
@@ -117,14 +142,38 @@ impl Cgroup {
 
     /// Waits until `cgroup.events` has the line.
     async fn wait_for(&self, line: &str) -> io::Result<()> {
-        let file = readiness::watch(File::open(self.path.join("cgroup.events"))?.into(), Interest::PRIORITY)?;
+        let has_line = || {
+            let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
+            events.lines().any(|present| present == line)
+        };
+        self.watch("cgroup.events", has_line).await
+    }
+
+    /// Waits until something is so that the kernel tells of by a file of events.
+    async fn watch(&self, file: &str, is_so: impl Fn() -> bool) -> io::Result<()> {
+        let file = readiness::watch(File::open(self.path.join(file))?.into(), Interest::PRIORITY)?;
         loop {
-            let mut buffer = [0; 256];
-            let read = rustix::io::pread(file.get_ref(), &mut buffer, 0)?;
-            if buffer[..read].split(|&byte| byte == b'\n').any(|present| present == line.as_bytes()) {
+            // The kernel tells of what has come since this descriptor was last read.
+            rustix::io::pread(file.get_ref(), &mut [0; 1], 0)?;
+            if is_so() {
                 return Ok(());
             }
             file.ready(Interest::PRIORITY).await?.clear_ready();
         }
+    }
+
+    /// What one of the cgroup's files of one number says; nothing for "max".
+    pub(crate) fn number(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.path.join(file)).ok()?.trim().parse().ok()
+    }
+
+    /// What one of the cgroup's files of names and numbers says.
+    pub(crate) fn table(&self, file: &str) -> HashMap<String, u64> {
+        let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
+        let pair = |line: &str| {
+            let (name, number) = line.split_once(' ')?;
+            Some((name.to_owned(), number.parse().ok()?))
+        };
+        text.lines().filter_map(pair).collect()
     }
 }

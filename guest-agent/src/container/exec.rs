@@ -7,6 +7,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Component, Path};
 
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process};
 use rustix::io::Errno;
@@ -45,6 +46,13 @@ impl Door {
     }
 }
 
+/// A process that is to get into a container.
+pub(super) struct Visitor {
+    pub(super) process: Process,
+    /// Where it goes below the container's cgroup.
+    pub(super) cgroup: String,
+}
+
 /// A process that runs its program.
 pub(super) struct Entered {
     pub(super) pid: Pid,
@@ -63,7 +71,7 @@ struct Reports {
 pub(super) async fn enter(
     reaper: &Reaper,
     door: &Door,
-    process: &Process,
+    visitor: &Visitor,
     stdio: Stdio,
 ) -> Result<Entered, RequestError> {
     let (mut number, number_end) = report().map_err(RequestError::system("make a pipe"))?;
@@ -74,7 +82,7 @@ pub(super) async fn enter(
     let reports = Reports { number: number_end, failure: failure_end, console: console_end };
     let mut keep = vec![door.init.as_fd(), reports.number.as_fd(), reports.failure.as_fd(), reports.console.as_fd()];
     keep.extend(stdio.ends());
-    let helper = child::fork(log_end, &keep, || go_in(door, process, &stdio, &reports));
+    let helper = child::fork(log_end, &keep, || go_in(door, visitor, &stdio, &reports));
     drop(keep);
     drop(reports);
     tokio::spawn(log::adopt(log));
@@ -88,16 +96,16 @@ pub(super) async fn enter(
     }
     let pid = pid.and_then(|pid| Pid::from_raw(pid).ok_or_else(|| io::Error::other("it has no number")));
     let pid = pid.map_err(RequestError::system("hear from the process"))?;
-    let master = process.terminal().unwrap_or_default().then(|| receive_file(&console)).transpose();
+    let master = visitor.process.terminal().unwrap_or_default().then(|| receive_file(&console)).transpose();
     let master = master.map_err(RequestError::system("receive the terminal"))?;
     Ok(Entered { pid, exit: expected.fulfil(pid), master })
 }
 
 /// In the child: goes where the container's processes are, and leaves the program to a child of its own, since a PID
 /// namespace takes only children in.
-fn go_in(door: &Door, process: &Process, stdio: &Stdio, reports: &Reports) -> i32 {
-    let entered = join(door, process).and_then(|()| {
-        let pid = child::split(|| finish(door, process, stdio, reports)).map_err(failed("start a process"))?;
+fn go_in(door: &Door, visitor: &Visitor, stdio: &Stdio, reports: &Reports) -> i32 {
+    let entered = join(door, visitor).and_then(|()| {
+        let pid = child::split(|| finish(door, &visitor.process, stdio, reports)).map_err(failed("start a process"))?;
         let number = pid.as_raw_nonzero().get().to_be_bytes();
         rustix::io::write(&reports.number, &number).map_err(failed("report the process"))?;
         Ok(())
@@ -105,9 +113,12 @@ fn go_in(door: &Door, process: &Process, stdio: &Stdio, reports: &Reports) -> i3
     entered.map_or_else(|sentence| tell(&reports.failure, &sentence), |()| 0)
 }
 
-fn join(door: &Door, process: &Process) -> Result<(), String> {
-    join_cgroup(door).map_err(failed("join the container's cgroup"))?;
-    process::limit(process)?;
+fn join(door: &Door, visitor: &Visitor) -> Result<(), String> {
+    match visitor.cgroup.as_str() {
+        "" => join_cgroup(door).map_err(failed("join the container's cgroup"))?,
+        path => join_below(door, path).map_err(failed(&format!("join the cgroup {path:?} below the container's")))?,
+    }
+    process::limit(&visitor.process)?;
     move_into_thread_name_spaces(door.init.as_fd(), door.namespaces).map_err(failed("join the container's namespaces"))
 }
 
@@ -118,10 +129,18 @@ fn join_cgroup(door: &Door) -> io::Result<()> {
             let of_init = fs::read_to_string(format!("/proc/{}/cgroup", door.init_pid))?;
             let below = of_init.trim_end().strip_prefix("0::/").filter(|path| !path.contains(".."));
             let below = below.ok_or_else(|| io::Error::other("its first process is in none"))?;
-            fs::write(std::path::Path::new(crate::boot::CGROUP_ROOT).join(below).join("cgroup.procs"), "0")
+            fs::write(Path::new(crate::boot::CGROUP_ROOT).join(below).join("cgroup.procs"), "0")
         }
         joined => joined,
     }
+}
+
+fn join_below(door: &Door, path: &str) -> io::Result<()> {
+    let below = Path::new(path.trim_start_matches('/'));
+    if !below.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    fs::write(door.cgroup.path().join(below).join("cgroup.procs"), "0")
 }
 
 /// In the child's child: becomes the program.

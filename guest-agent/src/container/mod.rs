@@ -12,21 +12,23 @@ mod program;
 mod propagation;
 mod rootfs;
 pub(crate) mod spec;
+mod statistics;
 mod sysctl;
 
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use libcontainer::oci_spec::runtime::{Process as ProcessSpec, Spec};
+use libcontainer::oci_spec::runtime::{LinuxMemory, Process as ProcessSpec, Spec};
 use runvm_protocol::agent;
 use rustix::process::Pid;
 use rustix::thread::ThreadNameSpaceType;
 
 use self::cgroup::Cgroup;
 use self::create::Starter;
-use self::exec::Door;
+use self::exec::{Door, Visitor};
 use self::process::Stdio;
 use self::spec::GuestSpec;
 use crate::error::RequestError;
@@ -54,6 +56,7 @@ struct Container {
     door: Door,
     init: Process,
     phase: Mutex<Phase>,
+    paused: AtomicBool,
     /// `None` for one that is being started.
     execs: Mutex<HashMap<String, Option<Process>>>,
 }
@@ -62,7 +65,6 @@ struct Container {
 enum Phase {
     Created,
     Running,
-    Paused,
 }
 
 /// A process that the host knows of.
@@ -156,15 +158,18 @@ impl Containers {
     pub(crate) async fn pause(&self, id: &str) -> Result<(), RequestError> {
         let container = self.find(id)?;
         container.alive()?;
-        container.change(Phase::Running, Phase::Paused, RequestError::NotRunning)?;
+        if container.paused.swap(true, Ordering::Relaxed) {
+            return Err(RequestError::NotRunning);
+        }
         container.cgroup.freeze(true).await.map_err(RequestError::system("freeze the container"))
     }
 
     /// Ends a pause.
     pub(crate) async fn resume(&self, id: &str) -> Result<(), RequestError> {
         let container = self.find(id)?;
-        container.alive()?;
-        container.change(Phase::Paused, Phase::Running, RequestError::NotPaused)?;
+        if !container.paused.swap(false, Ordering::Relaxed) {
+            return Err(RequestError::NotPaused);
+        }
         container.cgroup.freeze(false).await.map_err(RequestError::system("thaw the container"))
     }
 
@@ -184,7 +189,33 @@ impl Containers {
         let container = self.find(id)?;
         container.alive()?;
         let resources = spec::parse_resources(resources)?;
+        if let Some(limit) = resources.memory().as_ref().and_then(LinuxMemory::limit) {
+            container.cgroup.make_room(limit).map_err(RequestError::Program)?;
+        }
         container.cgroup.update(&resources).map_err(RequestError::Program)
+    }
+
+    /// What the container uses.
+    pub(crate) fn statistics(&self, id: &str) -> Result<agent::ContainerStatisticsResponse, RequestError> {
+        Ok(statistics::of(&self.find(id)?.cgroup))
+    }
+
+    /// Waits until more processes were killed for want of memory than the host knows of, or the container has ended.
+    pub(crate) async fn await_out_of_memory(
+        &self,
+        id: &str,
+        known: u64,
+    ) -> Result<agent::AwaitOutOfMemoryResponse, RequestError> {
+        let container = self.find(id)?;
+        let ended = tokio::select! {
+            more = container.cgroup.await_oom_kill(known) => {
+                more.map_err(RequestError::system("watch the container's memory"))?;
+                false
+            }
+            _ = container.init.exit.status() => true,
+        };
+        let kills = container.cgroup.oom_kills();
+        Ok(agent::AwaitOutOfMemoryResponse { kills, ended, ..Default::default() })
     }
 
     /// The container's processes.
@@ -206,10 +237,10 @@ impl Containers {
         if container.init.exit.happened() {
             return Err(RequestError::ExecInStopped);
         }
-        if *lock(&container.phase) == Phase::Paused {
+        if container.paused.load(Ordering::Relaxed) {
             return Err(RequestError::ExecInPaused);
         }
-        let process = spec::parse_process(&request.process)?;
+        let visitor = Visitor { process: spec::parse_process(&request.process)?, cgroup: request.cgroup.clone() };
         let streams = Streams::take(&self.held, &request.stdio).await?;
         {
             let mut execs = lock(&container.execs);
@@ -221,7 +252,7 @@ impl Containers {
             }
             execs.insert(exec_id.to_owned(), None);
         }
-        let entered = self.further_process(&container.door, &process, &request.stdio, streams).await;
+        let entered = self.further_process(&container.door, &visitor, &request.stdio, streams).await;
         let mut execs = lock(&container.execs);
         execs.remove(exec_id);
         let process = entered?;
@@ -233,17 +264,18 @@ impl Containers {
     async fn further_process(
         &self,
         door: &Door,
-        process: &ProcessSpec,
+        visitor: &Visitor,
         stdio: &agent::Stdio,
         streams: Streams,
     ) -> Result<Process, RequestError> {
+        let process = &visitor.process;
         if process.terminal().unwrap_or_default() {
             let terminal = Stdio::Terminal(size_of(stdio, process));
-            let entered = exec::enter(&self.reaper, door, process, terminal).await?;
+            let entered = exec::enter(&self.reaper, door, visitor, terminal).await?;
             return adopt_terminal(streams, entered.pid, &entered.exit, entered.master);
         }
         let (pipes, ends) = pipes_for(&streams, process)?;
-        let entered = exec::enter(&self.reaper, door, process, Stdio::Pipes(ends)).await?;
+        let entered = exec::enter(&self.reaper, door, visitor, Stdio::Pipes(ends)).await?;
         adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
     }
 
@@ -267,7 +299,7 @@ impl Containers {
         let process = container.process(exec_id)?;
         let exit_status = process.exit.status().await;
         let (stdout_bytes, stderr_bytes) = process.attached.handed_over().await;
-        let oom_killed = container.cgroup.oom_killed();
+        let oom_killed = container.cgroup.oom_kills() > 0;
         Ok(agent::WaitProcessResponse { exit_status, oom_killed, stdout_bytes, stderr_bytes, ..Default::default() })
     }
 
@@ -294,8 +326,8 @@ impl Container {
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let door = Door::new(init.pid, namespaces, cgroup.clone(), seccomp)
             .map_err(RequestError::system("open the container's first process"))?;
-        let (phase, execs) = (Mutex::new(Phase::Created), Mutex::default());
-        Ok(Self { cgroup: cgroup.clone(), starter, door, init, phase, execs })
+        let (phase, paused, execs) = (Mutex::new(Phase::Created), AtomicBool::new(false), Mutex::default());
+        Ok(Self { cgroup: cgroup.clone(), starter, door, init, phase, paused, execs })
     }
 
     fn alive(&self) -> Result<(), RequestError> {

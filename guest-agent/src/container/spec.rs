@@ -221,9 +221,16 @@ fn adapt_resources(resources: &mut LinuxResources) -> Result<(), SpecError> {
     }
     resources.set_network(None);
     if let Some(memory) = resources.memory() {
+        let unlimited = memory.limit().is_some_and(|limit| limit < 0);
         let mut kept = LinuxMemory::default();
-        kept.set_limit(memory.limit()).set_reservation(memory.reservation());
+        kept.set_limit(memory.limit().filter(|_| !unlimited)).set_reservation(memory.reservation());
         resources.set_memory(Some(kept));
+        if unlimited {
+            // libcgroups would lift the limit of swap too, which this kernel does not have.
+            let mut unified = resources.unified().clone().unwrap_or_default();
+            unified.entry("memory.max".to_owned()).or_insert_with(|| "max".to_owned());
+            resources.set_unified(Some(unified));
+        }
     }
     Ok(())
 }

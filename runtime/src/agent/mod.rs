@@ -190,6 +190,33 @@ impl Agent {
         ask("ResumeContainer", self.client.resume_container(unlimited(), &container(id))).await.map(drop)
     }
 
+    /// Changes a container's limits: `resources` is `linux.resources` as JSON, in the guest's terms.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn update_container(&self, id: &str, resources: Vec<u8>) -> Result<()> {
+        let request = wire::UpdateContainerRequest { container_id: id.to_owned(), resources, ..Default::default() };
+        ask("UpdateContainer", self.client.update_container(unlimited(), &request)).await.map(drop)
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn statistics(&self, id: &str) -> Result<wire::ContainerStatisticsResponse> {
+        ask("ContainerStatistics", self.client.container_statistics(unlimited(), &container(id))).await
+    }
+
+    /// Waits, without a bound, until the guest's kernel has killed more processes of a container for want of memory than
+    /// are known, or the container has ended.
+    ///
+    /// # Errors
+    /// [`AgentError`]; the channel's end when the VM ends.
+    pub async fn await_out_of_memory(&self, id: &str, known: u64) -> Result<wire::AwaitOutOfMemoryResponse> {
+        let request = wire::AwaitOutOfMemoryRequest { container_id: id.to_owned(), known, ..Default::default() };
+        self.client.await_out_of_memory(unlimited(), &request).await.map_err(AgentError::from_ttrpc)
+    }
+
     /// Runs a further process in a container.
     ///
     /// # Errors

@@ -1,10 +1,14 @@
 //! The words of the command line, apart from what they do.
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use nix::sys::signal::Signal;
 
+use super::events::EventsArgs;
+use super::update::UpdateArgs;
+use crate::bundle::OCI_VERSION;
 use crate::container::{Changes, Create, Exec, ProcessSource};
 use crate::error::{Error, Result};
 use crate::log::{self, Format};
@@ -12,6 +16,10 @@ use crate::monitor::{Globals, Options};
 use crate::vmm::{self, Configuration, ConfigurationError};
 
 const ROOT: &str = "/run/runvm";
+
+/// In runc's form, without the name.
+pub static VERSION: LazyLock<String> =
+    LazyLock::new(|| format!("version {}\nspec: {OCI_VERSION}", env!("CARGO_PKG_VERSION")));
 
 /// An OCI container runtime that gives every container its own virtual machine.
 ///
@@ -21,7 +29,7 @@ const ROOT: &str = "/run/runvm";
 /// Try it: `mkdir -p b/rootfs && tar -C b/rootfs -xf IMAGE.tar && cd b && runvm spec && runvm run NAME`. With Docker:
 /// register this program as a runtime, then `docker run --runtime=runvm IMAGE`. `runvm check` tells what is missing.
 #[derive(Debug, Parser)]
-#[command(name = "runvm", version, disable_help_subcommand = true, max_term_width = 100)]
+#[command(name = "runvm", version = VERSION.as_str(), disable_version_flag = true, max_term_width = 100)]
 pub struct Cli {
     /// Folder of the containers' records.
     #[arg(long, value_name = "DIR", default_value = ROOT)]
@@ -41,6 +49,9 @@ pub struct Cli {
     /// Accepted for runc's sake: cgroup paths in systemd's form are understood without it.
     #[arg(long)]
     systemd_cgroup: bool,
+    /// Accepted for runc's sake: containers are not checkpointed.
+    #[arg(long, value_name = "FILE", hide = true)]
+    criu: Option<PathBuf>,
     /// Accepted for runc's sake; runvm needs root.
     #[arg(long, value_name = "WHEN", default_value = "auto", num_args = 0..=1, default_missing_value = "true")]
     rootless: String,
@@ -49,6 +60,9 @@ pub struct Cli {
     config: Option<PathBuf>,
     #[command(flatten)]
     vm: vmm::Arguments,
+    /// Print the version.
+    #[arg(short, long, short_alias = 'V', action = ArgAction::Version)]
+    version: (),
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,
@@ -139,7 +153,11 @@ pub enum Verb {
         #[arg(short, long)]
         quiet: bool,
     },
-    /// Freeze a container's processes.
+    /// Print what a container uses, and when it runs out of memory, as JSON.
+    Events(EventsArgs),
+    /// Change a running container's limits.
+    Update(UpdateArgs),
+    /// Have a container's machine rest.
     Pause {
         /// Container ID.
         id: String,
@@ -160,6 +178,9 @@ pub enum Verb {
         /// Folder of the bundle, instead of this one.
         #[arg(short, long)]
         bundle: Option<PathBuf>,
+        /// Refused: runvm needs root.
+        #[arg(long)]
+        rootless: bool,
     },
     /// Print what of the OCI runtime specification is supported, as JSON.
     Features,
@@ -168,6 +189,18 @@ pub enum Verb {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Refused: what runs in a VM cannot be checkpointed.
+    Checkpoint {
+        /// runc's.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        arguments: Vec<String>,
+    },
+    /// Refused, as is `checkpoint`.
+    Restore {
+        /// runc's.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        arguments: Vec<String>,
     },
     /// Print the version.
     Version,
@@ -217,7 +250,7 @@ pub struct CreateArgs {
     #[arg(long)]
     no_new_keyring: bool,
     /// Number of further descriptors to pass on; descriptors cannot reach a guest, so only 0.
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=0))]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
     /// Container ID, unique below the state root.
     id: String,
@@ -225,8 +258,12 @@ pub struct CreateArgs {
 
 impl CreateArgs {
     /// What is asked for.
-    pub fn into_create(self) -> Create {
-        Create { id: self.id, bundle: self.bundle, console_socket: self.console_socket, pid_file: self.pid_file }
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for what a VM cannot have.
+    pub fn into_create(self) -> Result<Create> {
+        refuse_descriptors(self.preserve_fds)?;
+        Ok(Create { id: self.id, bundle: self.bundle, console_socket: self.console_socket, pid_file: self.pid_file })
     }
 }
 
@@ -283,6 +320,21 @@ pub struct ExecArgs {
     /// File that gets the PID of the process that stands for it.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Cgroup below the container's, which has to be there.
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<String>,
+    /// Number of further descriptors to pass on; descriptors cannot reach a guest, so only 0.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+    /// Refused: the guest's kernel has no SELinux.
+    #[arg(long, value_name = "LABEL", default_value = "", hide_default_value = true)]
+    process_label: String,
+    /// Refused: the guest's kernel has no AppArmor.
+    #[arg(long, value_name = "PROFILE", default_value = "", hide_default_value = true)]
+    apparmor: String,
+    /// Accepted for runc's sake, and of no use: the VM of a paused container runs nothing.
+    #[arg(long)]
+    ignore_paused: bool,
     /// Container ID.
     id: String,
     /// The program and its arguments.
@@ -294,8 +346,12 @@ impl ExecArgs {
     /// What is asked for.
     ///
     /// # Errors
-    /// [`Error::Usage`] where neither a command nor a file says what to run.
+    /// [`Error::Usage`] where neither a command nor a file says what to run, and for what a VM cannot have.
     pub fn into_exec(self) -> Result<Exec> {
+        refuse_descriptors(self.preserve_fds)?;
+        refuse_label("--process-label", &self.process_label, "SELinux")?;
+        refuse_label("--apparmor", &self.apparmor, "AppArmor")?;
+        let cgroup = sub_cgroup(&self.cgroup)?;
         let process = match self.process {
             Some(file) => ProcessSource::File(file),
             None if self.command.is_empty() => {
@@ -315,10 +371,40 @@ impl ExecArgs {
         Ok(Exec {
             id: self.id,
             process,
+            cgroup,
             detach: self.detach,
             pid_file: self.pid_file,
             console_socket: self.console_socket,
         })
+    }
+}
+
+fn refuse_descriptors(count: u32) -> Result<()> {
+    match count {
+        0 => Ok(()),
+        _ => Err(Error::Usage(format!(
+            "--preserve-fds {count}: a descriptor of the host cannot reach a guest: use a volume, or the standard streams"
+        ))),
+    }
+}
+
+fn refuse_label(option: &str, label: &str, module: &str) -> Result<()> {
+    match label {
+        "" => Ok(()),
+        _ => Err(Error::Usage(format!("{option} {label}: the guest's kernel has no {module}: leave it out"))),
+    }
+}
+
+/// The one cgroup that runc's `[CONTROLLER:]PATH` can mean in a guest, whose cgroups are of version 2; empty for the
+/// container's own.
+fn sub_cgroup(given: &[String]) -> Result<String> {
+    match given {
+        [] => Ok(String::new()),
+        [path] if !path.contains(':') => Ok(path.clone()),
+        _ => Err(Error::Usage(format!(
+            "--cgroup {}: the guest's cgroups are of version 2, whose controllers share one path: give --cgroup PATH once",
+            given.join(" --cgroup ")
+        ))),
     }
 }
 
@@ -385,6 +471,11 @@ mod tests {
             "runvm ps --format json id",
             "runvm run -d --keep id",
             "runvm exec -t -u 1:2 -e A=b -- id sh -c x",
+            "runvm exec --ignore-paused --cgroup / --apparmor p --process-label l --preserve-fds 2 id sh",
+            "runvm update --resources - id",
+            "runvm events --stats id",
+            "runvm --criu criu checkpoint --image-path /i --leave-running id",
+            "runvm restore --image-path /i -d id",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
         }

@@ -2,11 +2,13 @@
 
 mod args;
 mod check;
+mod events;
 mod features;
 mod run;
 mod show;
 mod spec;
 mod template;
+mod update;
 
 use std::process::ExitCode;
 
@@ -57,11 +59,16 @@ pub fn main() -> ExitCode {
 
 fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
     let done = match verb {
-        Verb::Create(args) => container::create(globals, &args.into_create()).map(drop),
+        Verb::Create(args) => container::create(globals, &args.into_create()?).map(drop),
         Verb::Run(args) => return run::run(globals, args).map(Into::into),
         Verb::Start { id } => container::start(globals, &id),
         Verb::Kill { id, signal, all } => container::kill(globals, &id, args::signal_number(&signal)?, all),
         Verb::Delete { id, force } => container::delete(globals, &id, force),
+        Verb::Events(args) => events::events(globals, &args),
+        Verb::Update(args) => {
+            let id = args.id.clone();
+            container::update(globals, &id, args.into_resources()?)
+        }
         Verb::Pause { id } => container::pause(globals, &id),
         Verb::Resume { id } => container::resume(globals, &id),
         Verb::Exec(args) => return container::exec(globals, &args.into_exec()?).map(Into::into),
@@ -69,10 +76,15 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
         Verb::List { format, quiet } => show::list(globals, format, quiet),
         Verb::Ps { id, format, options } => show::ps(globals, &id, format, &options),
         Verb::Template { action } => template::run(globals, action),
-        Verb::Spec { bundle } => spec::write(bundle.as_deref()),
+        Verb::Spec { rootless: true, .. } => Err(Error::Usage("spec --rootless: runvm needs root".to_owned())),
+        Verb::Spec { bundle, .. } => spec::write(bundle.as_deref()),
         Verb::Features => features::show(),
         Verb::Check { json } => return check::check(globals, json).map(Into::into),
-        Verb::Version => show::version(),
+        Verb::Checkpoint { .. } | Verb::Restore { .. } => Err(Error::Usage(
+            "a container in a VM cannot be checkpointed or restored: its processes are its guest's, out of CRIU's reach"
+                .to_owned(),
+        )),
+        Verb::Version => print(&format!("runvm {}\n", *args::VERSION)),
         Verb::Monitor(args) => return Ok(monitor::main(&args.into_options(globals)).into()),
         Verb::ExecProxy { console_socket, id } => return Ok(container::proxy(globals, &id, console_socket).into()),
         Verb::ShareDaemon => return Ok(share::daemon_main()),

@@ -14,7 +14,7 @@ use crate::monitor::{self, Globals, single_threaded};
 
 pub fn run(globals: &Globals, args: RunArgs) -> Result<u8> {
     let (detach, keep) = (args.detach, args.keep);
-    let create = args.create.into_create();
+    let create = args.create.into_create()?;
     let console_socket = create.console_socket.is_some();
     let running = container::create(globals, &create)?;
     if detach && running.terminal && !console_socket {

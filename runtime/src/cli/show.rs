@@ -1,4 +1,4 @@
-//! The verbs that only look: `state`, `list`, `ps`, `version`.
+//! The verbs that only look: `state`, `list`, `ps`.
 
 use std::process::Command;
 
@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 
 use super::args::OutputFormat;
 use super::print;
-use crate::bundle::OCI_VERSION;
 use crate::container::host_pids;
 use crate::error::{Error, Result};
 use crate::monitor::Globals;
@@ -100,10 +99,6 @@ pub fn ps(globals: &Globals, id: &str, format: OutputFormat, options: &[String])
         pid.is_some_and(|pid| pids.contains(&pid))
     });
     print(&std::iter::once(header).chain(ours).map(|line| format!("{line}\n")).collect::<String>())
-}
-
-pub fn version() -> Result<()> {
-    print(&format!("runvm version {}\nspec: {OCI_VERSION}\n", env!("CARGO_PKG_VERSION")))
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@ use crate::host::cgroup::Cgroup;
 use crate::host::hooks;
 use crate::log;
 use crate::monitor::{Globals, Launched};
-use crate::sandbox::Size;
 use crate::state::{Container, Phase, Record};
 
 /// What `create` is asked for.
@@ -82,7 +81,7 @@ fn check_terminal(bundle: &Bundle, options: &Create) -> Result<()> {
 }
 
 fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &mut Container) -> Result<Launched> {
-    let cgroup = Cgroup::create(&bundle.spec, &options.id, Size::of(&bundle.spec).memory)?;
+    let cgroup = Cgroup::create(&bundle.spec, &options.id, container.record.size.memory)?;
     container.record.cgroups = cgroup.folders().to_vec();
     container.save()?;
     let mut command = globals.command();

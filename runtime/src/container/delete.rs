@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use crate::error::{Error, Result};
 use crate::host::{cgroup, hooks};
 use crate::monitor::Globals;
-use crate::state::{Container, StateError, Status};
+use crate::state::{self, Container, StateError, Status};
 
 /// How long a killed process may take to go.
 const END_LIMIT: Duration = Duration::from_secs(20);
@@ -18,7 +18,7 @@ const END_LIMIT: Duration = Duration::from_secs(20);
 /// [`Error::CannotDelete`] for one that runs.
 pub fn delete(globals: &Globals, id: &str, force: bool) -> Result<()> {
     let mut container = match Container::open(&globals.root, id) {
-        Err(StateError::NotFound(_)) if force => return Ok(()),
+        Err(StateError::NotFound(_)) if force => return Ok(state::discard(&globals.root, id)?),
         container => container?,
     };
     match container.status() {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, User};
 use runvm_protocol::agent as wire;
 use rustix::process::setsid;
+use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay};
 use crate::bundle::Bundle;
@@ -57,6 +58,8 @@ pub struct Exec {
     pub id: String,
     /// The process.
     pub process: ProcessSource,
+    /// The cgroup below the container's that it runs in; empty for the container's own.
+    pub cgroup: String,
     /// Whether the command returns once the process runs.
     pub detach: bool,
     /// Where the proxy's PID is written.
@@ -73,6 +76,7 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
     let container = Container::look(&globals.root, &options.id)?;
     match container.status() {
         Status::Running | Status::Created => {}
+        // Nor with runc's --ignore-paused: where it would have the process wait, here the whole machine rests.
         Status::Paused => return Err(Error::Usage("cannot exec in a paused container: resume it first".to_owned())),
         _ => return Err(Error::NotRunning),
     }
@@ -85,14 +89,14 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
         if let Some(path) = &options.pid_file {
             super::write_pid_file(path, std::process::id())?;
         }
-        return foreground(&container, &process);
+        return foreground(&container, &process, &options.cgroup);
     }
     let mut launched = launch(globals, options)?;
     launched.await_ready()?;
     if let Some(path) = &options.pid_file {
         super::write_pid_file(path, launched.identity.pid)?;
     }
-    launched.go(&to_json(&process)?)?;
+    launched.go(&to_json(&Parcel { process, cgroup: options.cgroup.clone() })?)?;
     if options.detach {
         return Ok(0);
     }
@@ -128,14 +132,7 @@ fn changed(mut process: OciProcess, changes: &Changes) -> Result<OciProcess> {
     if let Some(no_new_privs) = changes.no_new_privs {
         process.set_no_new_privileges(Some(no_new_privs));
     }
-    if let Some(user) = &changes.user {
-        process.set_user(parse_user(user)?);
-    }
-    if !changes.additional_gids.is_empty() {
-        let mut user = process.user().clone();
-        user.set_additional_gids(Some(changes.additional_gids.clone()));
-        process.set_user(user);
-    }
+    process.set_user(changed_user(process.user().clone(), changes)?);
     if !changes.caps.is_empty() {
         let capabilities = add_capabilities(process.capabilities().clone().unwrap_or_default(), &changes.caps)?;
         process.set_capabilities(Some(capabilities));
@@ -143,16 +140,20 @@ fn changed(mut process: OciProcess, changes: &Changes) -> Result<OciProcess> {
     Ok(process)
 }
 
-fn parse_user(text: &str) -> Result<User> {
-    let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
-    match (uid.parse(), gid.parse()) {
-        (Ok(uid), Ok(gid)) => {
-            let mut user = User::default();
-            user.set_uid(uid).set_gid(gid);
-            Ok(user)
+/// The container's user, but for what is named: as with runc a UID alone leaves the groups.
+fn changed_user(mut user: User, changes: &Changes) -> Result<User> {
+    if let Some(text) = &changes.user {
+        let no_numbers = |_| Error::Usage(format!("--user {text}: give numbers, UID or UID:GID"));
+        let (uid, gid) = text.split_once(':').map_or((text.as_str(), None), |(uid, gid)| (uid, Some(gid)));
+        user.set_uid(uid.parse().map_err(no_numbers)?);
+        if let Some(gid) = gid {
+            user.set_gid(gid.parse().map_err(no_numbers)?);
         }
-        _ => Err(Error::Usage(format!("--user {text}: give numbers, UID or UID:GID"))),
     }
+    let own = user.additional_gids().iter().flatten();
+    let gids: Vec<_> = own.chain(&changes.additional_gids).copied().collect();
+    user.set_additional_gids(Some(gids).filter(|gids| !gids.is_empty()));
+    Ok(user)
 }
 
 fn add_capabilities(mut capabilities: LinuxCapabilities, names: &[String]) -> Result<LinuxCapabilities> {
@@ -172,7 +173,7 @@ fn add_capabilities(mut capabilities: LinuxCapabilities, names: &[String]) -> Re
 }
 
 /// Runs the process with this command as its proxy.
-fn foreground(container: &Container, process: &OciProcess) -> Result<u8> {
+fn foreground(container: &Container, process: &OciProcess, cgroup: &str) -> Result<u8> {
     let terminal = process.terminal().unwrap_or(false);
     let _raw = match terminal {
         true => RawTerminal::new(io::stdin()).map_err(Error::system("set up the terminal"))?,
@@ -180,7 +181,7 @@ fn foreground(container: &Container, process: &OciProcess) -> Result<u8> {
     };
     single_threaded(async {
         let descriptors = Descriptors::inherited(terminal).map_err(Error::system("duplicate the stdio"))?;
-        let (process, relay) = begin(container, process, descriptors).await?;
+        let (process, relay) = begin(container, process, cgroup, descriptors).await?;
         let own = io::stdin();
         let own = terminal.then(|| std::os::fd::AsFd::as_fd(&own).try_clone_to_owned()).transpose();
         let own = own.map_err(Error::system("duplicate the stdio"))?;
@@ -197,7 +198,12 @@ fn status(end: std::result::Result<Exit, AgentError>) -> Result<u8> {
     }
 }
 
-async fn begin(container: &Container, process: &OciProcess, descriptors: Descriptors) -> Result<(Process, Relay)> {
+async fn begin(
+    container: &Container,
+    process: &OciProcess,
+    cgroup: &str,
+    descriptors: Descriptors,
+) -> Result<(Process, Relay)> {
     let agent: Agent = monitor::connect(container.dir()).await?;
     let container_id = container.record.id.clone();
     let exec_id = format!("exec-{}", std::process::id());
@@ -212,14 +218,22 @@ async fn begin(container: &Container, process: &OciProcess, descriptors: Descrip
             exec_id: exec_id.clone(),
             process,
             stdio: Some(stdio).into(),
+            cgroup: cgroup.to_owned(),
             ..Default::default()
         })
         .await?;
     Ok((Process { agent, container_id, exec_id }, relay))
 }
 
-fn to_json(process: &OciProcess) -> Result<Vec<u8>> {
-    serde_json::to_vec(process).map_err(|error| Error::system("write the process")(error))
+/// What a proxy is handed.
+#[derive(Serialize, Deserialize)]
+struct Parcel {
+    process: OciProcess,
+    cgroup: String,
+}
+
+fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|error| Error::system("write the process")(error))
 }
 
 fn launch(globals: &Globals, options: &Exec) -> Result<Launched> {
@@ -254,8 +268,8 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
     setsid().map_err(Error::system("make a session"))?;
     let container = Container::look(&globals.root, id)?;
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to `runvm exec`"))?;
-    let process = owner.await_go().map_err(Error::system("wait for `runvm exec`"))?;
-    let process: OciProcess = serde_json::from_slice(&process)
+    let parcel = owner.await_go().map_err(Error::system("wait for `runvm exec`"))?;
+    let Parcel { process, cgroup } = serde_json::from_slice(&parcel)
         .map_err(|error| Error::Usage(format!("the process handed to the proxy is damaged: {error}")))?;
     let terminal = match console_socket {
         Some(socket) if process.terminal().unwrap_or(false) => Some(controlling_terminal(socket)?),
@@ -270,7 +284,7 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
             None => Descriptors::inherited(false),
         };
         let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
-        let (process, relay) = begin(&container, &process, descriptors).await?;
+        let (process, relay) = begin(&container, &process, &cgroup, descriptors).await?;
         monitor::release_stdio().map_err(Error::system("release the stdio"))?;
         owner.send(&ToOwner::Created { helpers: Vec::new() }).map_err(Error::system("talk to `runvm exec`"))?;
         owner.dismiss();
@@ -305,8 +319,18 @@ mod tests {
     }
 
     #[test]
+    fn groups_stay_unless_they_are_named() {
+        let own: User = serde_json::from_str(r#"{"uid":5,"gid":6,"additionalGids":[7]}"#).unwrap();
+        let changes = Changes { user: Some("8".into()), additional_gids: vec![9], ..Changes::default() };
+        let user = changed_user(own, &changes).unwrap();
+        assert_eq!((user.uid(), user.gid()), (8, 6));
+        assert_eq!(user.additional_gids().as_deref(), Some(&[7, 9][..]));
+    }
+
+    #[test]
     fn arguments_that_mean_nothing_are_refused() {
-        assert!(parse_user("root").unwrap_err().to_string().contains("--user root"));
+        let root = Changes { user: Some("root".into()), ..Changes::default() };
+        assert!(changed_user(User::default(), &root).unwrap_err().to_string().contains("--user root"));
         let caps = add_capabilities(LinuxCapabilities::default(), &["CAP_FLY".into()]);
         assert!(caps.unwrap_err().to_string().contains("--cap CAP_FLY"));
     }

@@ -2,7 +2,10 @@
 
 mod create;
 mod delete;
+mod events;
 mod exec;
+mod pause;
+mod update;
 
 use std::fs;
 use std::path::Path;
@@ -14,10 +17,14 @@ use crate::error::{Error, Result};
 use crate::host::hooks;
 use crate::monitor::{Globals, KILL_SENT, connect, single_threaded};
 use crate::state::{Container, Phase, Status};
+use pause::Guest;
 
 pub use create::{Create, Running, create};
 pub use delete::delete;
+pub use events::{Event, events, statistics};
 pub use exec::{Changes, Exec, ProcessSource, exec, proxy};
+pub use pause::{pause, resume};
+pub use update::update;
 
 /// Runs the created container's program.
 ///
@@ -43,64 +50,36 @@ pub fn start(globals: &Globals, id: &str) -> Result<()> {
     Ok(done?)
 }
 
-/// Sends a signal to the container's first process, or to all.
+/// Sends a signal to the container's first process, or to all. One that is paused gets it when it is resumed, but for
+/// SIGKILL, which ends the pause.
 ///
 /// # Errors
 /// [`Error::NotRunning`] where it has none.
 pub fn kill(globals: &Globals, id: &str, signal: u32, all: bool) -> Result<()> {
-    let container = Container::look(&globals.root, id)?;
-    if matches!(container.status(), Status::Stopped | Status::Creating) {
-        return Err(Error::NotRunning);
-    }
-    let sent =
-        single_threaded(async { Ok(connect(container.dir()).await?.signal_process(id, "", signal, all).await?) });
-    match sent {
-        // Nobody has to believe that it was: its monitor waits for the end.
-        Ok(()) if signal == Signal::KILL.as_raw() as u32 => match container.record.monitor {
-            Some(monitor) => monitor.signal(KILL_SENT).map_err(Error::system("tell the monitor")),
-            None => Ok(()),
-        },
+    let guest = match Guest::of(globals, id) {
+        // None of all processes is left that would want it.
+        Err(Error::NotRunning) if all => return Ok(()),
+        guest => guest?,
+    };
+    let kills = signal == Signal::KILL.as_raw() as u32;
+    match guest.ask(async |agent| Ok(agent.signal_process(id, "", signal, all).await?)) {
+        Ok(()) if kills => {
+            // Nobody has to believe that it was: its monitor waits for the end.
+            let monitor = guest.container.record.monitor;
+            guest.release();
+            monitor.map_or(Ok(()), |monitor| monitor.signal(KILL_SENT)).map_err(Error::system("tell the monitor"))
+        }
         Err(Error::Agent(error)) if error.is_not_found() => Err(Error::Finished),
         // It ended while it was being asked.
-        Err(_) if container.status() == Status::Stopped => Err(Error::NotRunning),
+        Err(_) if guest.container.status() == Status::Stopped => Err(Error::NotRunning),
         // A guest that answers nothing is not spared: the VM goes with its monitor.
-        Err(error) if signal == Signal::KILL.as_raw() as u32 => {
+        Err(error) if kills => {
             tracing::warn!("the guest does not take the signal ({error}): its VM is killed");
-            let monitor = container.record.monitor.ok_or(Error::NotRunning)?;
+            let monitor = guest.container.record.monitor.ok_or(Error::NotRunning)?;
             monitor.signal(Signal::KILL).map_err(Error::system("kill the monitor"))
         }
         sent => sent,
     }
-}
-
-/// Freezes the container's processes.
-///
-/// # Errors
-/// [`Error::CannotFreeze`] where it does not run.
-pub fn pause(globals: &Globals, id: &str) -> Result<()> {
-    let mut container = Container::open(&globals.root, id)?;
-    match container.status() {
-        Status::Running | Status::Created => {}
-        status => return Err(Error::CannotFreeze { verb: "pause", status }),
-    }
-    single_threaded(async { Ok(connect(container.dir()).await?.pause_container(id).await?) })?;
-    container.record.phase = Phase::Paused;
-    Ok(container.save()?)
-}
-
-/// Lets a paused container go on.
-///
-/// # Errors
-/// [`Error::CannotFreeze`] where it is not paused.
-pub fn resume(globals: &Globals, id: &str) -> Result<()> {
-    let mut container = Container::open(&globals.root, id)?;
-    match container.status() {
-        Status::Paused => {}
-        status => return Err(Error::CannotFreeze { verb: "resume", status }),
-    }
-    single_threaded(async { Ok(connect(container.dir()).await?.resume_container(id).await?) })?;
-    container.record.phase = Phase::Running;
-    Ok(container.save()?)
 }
 
 /// The PIDs on the host that stand for the container's processes: the monitor, and the proxies of its execs.

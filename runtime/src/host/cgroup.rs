@@ -31,7 +31,7 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// A file of a cgroup that cannot be written.
 #[derive(Debug, Error)]
-#[error("cannot set up the host cgroup: {path}", path = path.display())]
+#[error("cannot write the host's cgroup: {path}", path = path.display())]
 pub struct CgroupError {
     path: PathBuf,
     source: io::Error,
@@ -85,6 +85,54 @@ impl Cgroup {
     pub fn folders(&self) -> &[PathBuf] {
         &self.folders
     }
+}
+
+/// Changes the limits of the cgroup with these folders, which are complemented where a limit needs one more. `guest_memory`
+/// is as for [`Cgroup::create`].
+///
+/// # Errors
+/// [`CgroupError`], naming the file.
+pub fn update(folders: &mut Vec<PathBuf>, resources: &LinuxResources, guest_memory: u64) -> Result<(), CgroupError> {
+    let limits = Limits::new(Some(resources), guest_memory);
+    let hierarchies = Hierarchies::mounted();
+    if hierarchies.v1.is_empty() {
+        return folders.first().map_or(Ok(()), |folder| limits.write_v2(folder));
+    }
+    for (controller, mount_point) in &hierarchies.v1 {
+        let mut files = limits.v1(controller).peekable();
+        if files.peek().is_none() {
+            continue;
+        }
+        let folder = match folders.iter().find(|folder| folder.starts_with(mount_point)) {
+            Some(folder) => folder.clone(),
+            None => join_late(folders, &hierarchies, mount_point)?,
+        };
+        files.try_for_each(|(file, value)| write(&folder.join(file), &value))?;
+    }
+    Ok(())
+}
+
+/// Has a cgroup's processes join a hierarchy of version 1 that nothing was limited by when they began.
+fn join_late(
+    folders: &mut Vec<PathBuf>,
+    hierarchies: &Hierarchies,
+    mount_point: &Path,
+) -> Result<PathBuf, CgroupError> {
+    let joined = folders.iter().find_map(|folder| {
+        let (_, mount_point) = hierarchies.v1.iter().find(|(_, mount_point)| folder.starts_with(mount_point))?;
+        Some((folder, folder.strip_prefix(mount_point).ok()?))
+    });
+    let Some((sibling, path)) = joined else {
+        return Err(CgroupError { path: mount_point.to_owned(), source: io::ErrorKind::NotFound.into() });
+    };
+    let (sibling, folder) = (sibling.clone(), mount_point.join(path));
+    make(&folder)?;
+    folders.push(folder.clone());
+    inherit_cpuset(mount_point, &folder)?;
+    for process in processes(&sibling) {
+        write(&folder.join(V2_LIST), &process.pid.to_string())?;
+    }
+    Ok(folder)
 }
 
 /// Ends what is left in the folders, and removes them.
@@ -201,11 +249,7 @@ impl Hierarchies {
             // A parent with processes of its own cannot hand on controllers; then their limits are the parent's.
             let _ = fs::write(parent.join("cgroup.subtree_control"), "+cpu +memory +cpuset +io +pids");
         }
-        let limits = Limits::new(resources, guest_memory);
-        limits
-            .v2()
-            .filter(|(file, _)| folder.join(file).exists())
-            .try_for_each(|(file, value)| write(&folder.join(file), &value))?;
+        Limits::new(resources, guest_memory).write_v2(&folder)?;
         if let Some(disks) = block_io(resources) {
             block_io::v2(disks).iter().try_for_each(|(file, line)| write(&folder.join(file), line))?;
         }
@@ -253,13 +297,14 @@ impl Limits {
         let guest_memory = i64::try_from(guest_memory).unwrap_or(i64::MAX);
         Self {
             shares: cpu.and_then(|cpu| cpu.shares()).filter(|&shares| shares > 0),
-            quota: cpu.and_then(|cpu| cpu.quota()).filter(|&quota| quota > 0),
+            quota: cpu.and_then(|cpu| cpu.quota()).filter(|&quota| quota != 0),
             period: cpu.and_then(|cpu| cpu.period()).filter(|&period| period > 0),
             cpus: cpu.and_then(|cpu| cpu.cpus().clone()).filter(|cpus| !cpus.is_empty()),
             mems: cpu.and_then(|cpu| cpu.mems().clone()).filter(|mems| !mems.is_empty()),
-            memory: memory
-                .filter(|&limit| limit > 0)
-                .map(|_| guest_memory.saturating_add(guest_memory / 16).saturating_add(MEMORY_OVERHEAD)),
+            memory: memory.filter(|&limit| limit != 0).map(|limit| match limit {
+                ..0 => -1,
+                _ => guest_memory.saturating_add(guest_memory / 16).saturating_add(MEMORY_OVERHEAD),
+            }),
             reservation: of_memory.and_then(|memory| memory.reservation()).filter(|&bytes| bytes > 0),
             // Docker's word for no wish is -1.
             swappiness: of_memory.and_then(|memory| memory.swappiness()).filter(|&percent| percent <= 100),
@@ -285,16 +330,29 @@ impl Limits {
         files.into_iter().filter_map(|(file, value)| Some((file, value?)))
     }
 
-    fn v2(&self) -> impl Iterator<Item = (&'static str, String)> {
-        let period = self.period.unwrap_or(100_000);
+    /// Writes them into a cgroup of version 2, as far as its parent hands them on.
+    fn write_v2(&self, folder: &Path) -> Result<(), CgroupError> {
+        let of_now = fs::read_to_string(folder.join("cpu.max")).unwrap_or_default();
+        self.v2(&of_now)
+            .filter(|(file, _)| folder.join(file).exists())
+            .try_for_each(|(file, value)| write(&folder.join(file), &value))
+    }
+
+    /// The files of version 2; `cpu_max` is what that has now, of which what is not limited anew stays.
+    fn v2(&self, cpu_max: &str) -> impl Iterator<Item = (&'static str, String)> {
+        let or_max = |limit: i64| if limit < 0 { "max".to_owned() } else { limit.to_string() };
+        let mut now = cpu_max.split_ascii_whitespace().map(str::to_owned);
+        let quota = self.quota.map(or_max).or(now.next()).unwrap_or_else(|| "max".to_owned());
+        let period = self.period.map(|period| period.to_string()).or(now.next()).unwrap_or_else(|| "100000".to_owned());
+        let limited = self.quota.is_some() || self.period.is_some();
         // The mapping of shares (2 to 262,144) to weights (1 to 10,000) that runc and systemd use.
         let weight = self.shares.map(|shares| 1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142);
         [
             ("cpu.weight", weight.map(|weight| weight.to_string())),
-            ("cpu.max", self.quota.map(|quota| format!("{quota} {period}"))),
+            ("cpu.max", limited.then(|| format!("{quota} {period}"))),
             ("cpuset.cpus", self.cpus.clone()),
             ("cpuset.mems", self.mems.clone()),
-            ("memory.max", self.memory.map(|limit| limit.to_string())),
+            ("memory.max", self.memory.map(or_max)),
             ("memory.low", self.reservation.map(|bytes| bytes.to_string())),
         ]
         .into_iter()
@@ -348,10 +406,21 @@ mod tests {
             serde_json::from_str(r#"{"memory":{"limit":67108864},"cpu":{"quota":50000,"shares":1024}}"#).unwrap();
         let limits = Limits::new(Some(&resources), 256 << 20);
         assert_eq!(limits.memory, Some((256 << 20) + (16 << 20) + MEMORY_OVERHEAD));
-        let v2: Vec<_> = limits.v2().collect();
+        let v2: Vec<_> = limits.v2("").collect();
         assert_eq!(v2[0], ("cpu.weight", "39".into()));
         assert_eq!(v2[1], ("cpu.max", "50000 100000".into()));
         assert_eq!(limits.v1("pids").count(), 0);
+    }
+
+    #[test]
+    fn an_update_changes_what_it_names() {
+        let limits = |text: &str| Limits::new(Some(&serde_json::from_str(text).unwrap()), 1 << 30);
+        let v2 = |text: &str| limits(text).v2("20000 50000").collect::<Vec<_>>();
+        assert_eq!(v2(r#"{"cpu":{"period":70000}}"#), [("cpu.max", "20000 70000".into())]);
+        assert_eq!(v2(r#"{"cpu":{"quota":-1}}"#), [("cpu.max", "max 50000".into())]);
+        assert_eq!(v2(r#"{"memory":{"limit":-1}}"#), [("memory.max", "max".into())]);
+        let v1: Vec<_> = limits(r#"{"memory":{"limit":-1}}"#).v1("memory").collect();
+        assert_eq!(v1, [("memory.limit_in_bytes", "-1".into())]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 use std::fs;
 
 use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
 
 const MIB: u64 = 1 << 20;
 /// What the guest needs besides its containers.
@@ -20,7 +21,7 @@ const DEFAULT_MEMORY: u64 = 2048 * MIB;
 const MAX_VCPUS: u32 = 8;
 
 /// A VM's size.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// Virtual processors.
     pub vcpus: u32,
@@ -38,6 +39,17 @@ impl Size {
     pub fn for_limits(vcpus: Option<u32>, memory: Option<u64>) -> Self {
         let host = host_processors();
         Self { vcpus: vcpus.unwrap_or(host).clamp(1, host.min(MAX_VCPUS)), memory: memory_for(memory, host_memory()) }
+    }
+
+    /// As many of its processors, in the form of cpuset(7), as a list of the host's has.
+    ///
+    /// # Errors
+    /// The list, where it is none.
+    pub fn cpus_for(self, list: &str) -> Result<String, String> {
+        match count_cpus(list).ok_or_else(|| list.to_owned())?.min(self.vcpus) {
+            1 => Ok("0".to_owned()),
+            count => Ok(format!("0-{}", count - 1)),
+        }
     }
 
     fn on(spec: &Spec, host_processors: u32, host_memory: u64) -> Self {

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::host::process::ProcessIdentity;
+use crate::sandbox::Size;
 
 /// The version of the record's format; another one's is not read.
 const VERSION: u32 = 2;
@@ -75,8 +76,6 @@ pub enum Phase {
     Created,
     /// Its program was started.
     Running,
-    /// Its processes are frozen.
-    Paused,
 }
 
 /// What a container is now, by the names that engines know.
@@ -130,6 +129,10 @@ pub struct Record {
     pub hooks: Option<Hooks>,
     /// How far its verbs have come.
     pub phase: Phase,
+    /// Whether it rests, wherever it is.
+    pub paused: bool,
+    /// What its VM was made with.
+    pub size: Size,
     /// The process that stands for it; none before that was made.
     pub monitor: Option<ProcessIdentity>,
     /// Further processes that end with the monitor, and whose end `delete` awaits.
@@ -152,6 +155,8 @@ impl Record {
             annotations: bundle.spec.annotations().clone().unwrap_or_default(),
             hooks: bundle.spec.hooks().clone(),
             phase: Phase::Creating,
+            paused: false,
+            size: Size::of(&bundle.spec),
             monitor: None,
             helpers: Vec::new(),
             cgroups: Vec::new(),
@@ -272,9 +277,9 @@ impl Container {
             Phase::Creating if alive || self.record.monitor.is_none() => Status::Creating,
             _ if !alive => Status::Stopped,
             Phase::Creating => Status::Creating,
+            _ if self.record.paused => Status::Paused,
             Phase::Created => Status::Created,
             Phase::Running => Status::Running,
-            Phase::Paused => Status::Paused,
         }
     }
 
@@ -298,10 +303,22 @@ impl Container {
     /// # Errors
     /// That of the file system.
     pub fn remove(&mut self) -> Result<(), StateError> {
-        match fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", &self.dir)(error)),
-            _ => Ok(()),
-        }
+        remove(&self.dir)
+    }
+}
+
+/// Removes the folder of a container without a record, which a `create` that was killed has left, if there is one.
+///
+/// # Errors
+/// That of the file system.
+pub fn discard(root: &Path, id: &str) -> Result<(), StateError> {
+    remove(&folder(root, id)?)
+}
+
+fn remove(dir: &Path) -> Result<(), StateError> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", dir)(error)),
+        _ => Ok(()),
     }
 }
 
@@ -407,6 +424,16 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_without_a_record_is_in_nobodys_way() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("a")).unwrap();
+        assert!(matches!(Container::open(root.path(), "a"), Err(StateError::NotFound(_))));
+        discard(root.path(), "a").unwrap();
+        Container::create(root.path(), record("a")).unwrap();
+        discard(root.path(), "b").unwrap();
+    }
+
+    #[test]
     fn a_container_whose_monitor_is_gone_is_stopped() {
         let root = tempfile::tempdir().unwrap();
         let mut container = Container::create(root.path(), record("a")).unwrap();
@@ -414,7 +441,7 @@ mod tests {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         container.record.monitor = ProcessIdentity::of(child.id());
         child.wait().unwrap();
-        for phase in [Phase::Creating, Phase::Created, Phase::Running, Phase::Paused] {
+        for phase in [Phase::Creating, Phase::Created, Phase::Running] {
             container.record.phase = phase;
             assert_eq!(container.status(), Status::Stopped);
         }
