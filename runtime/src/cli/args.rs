@@ -217,6 +217,9 @@ pub enum Verb {
     /// The virtio-fs daemon of a VM; the monitor starts it.
     #[command(hide = true)]
     ShareDaemon,
+    /// The process that the kernel kills to note that a guest's kernel did; the monitor starts it.
+    #[command(hide = true)]
+    OomVictim { bytes: usize },
     /// The process of a VM; the monitor starts it.
     #[command(hide = true)]
     Vm,

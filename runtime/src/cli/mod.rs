@@ -16,6 +16,7 @@ use clap::Parser as _;
 
 use crate::container;
 use crate::error::{Error, Result, sentence};
+use crate::host::oom;
 use crate::monitor::{self, Globals};
 use crate::vmm::builtin;
 use crate::{log, share};
@@ -88,6 +89,10 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
         Verb::Monitor(args) => return Ok(monitor::main(&args.into_options(globals)).into()),
         Verb::ExecProxy { console_socket, id } => return Ok(container::proxy(globals, &id, console_socket).into()),
         Verb::ShareDaemon => return Ok(share::daemon_main()),
+        Verb::OomVictim { bytes } => {
+            oom::victim(bytes);
+            Ok(())
+        }
         Verb::Vm => return Ok(builtin::process_main()),
     };
     done.map(|()| ExitCode::SUCCESS)

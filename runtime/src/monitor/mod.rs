@@ -14,13 +14,14 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::setsid;
 
-use crate::agent::{Agent, AgentError, Descriptors, MonitorSocket, Relay, Tunnel};
+use crate::agent::{Agent, AgentError, Descriptors, Exit, MonitorSocket, Relay, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec, NetworkNamespace};
 use crate::error::{Error, Result, sentence};
-use crate::host::terminal;
+use crate::host::{oom, terminal};
 use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
+use crate::state::Container;
 use crate::vmm;
 
 pub use attend::{KILL_SENT, KILLED, Process, attend};
@@ -162,11 +163,11 @@ async fn run(
     log::stage("container created");
 
     let process = Process { agent: sandbox.agent.clone(), container_id: options.id.clone(), exec_id: String::new() };
-    let end = tokio::select! {
+    let end: Result<Exit> = tokio::select! {
         exit = attend(process, relay, terminal.as_ref()) => match exit {
             Ok(exit) => {
                 log::stage("container ended");
-                Ok(exit.status)
+                Ok(exit)
             }
             // Without the guest's word the container cannot go on.
             Err(error) => Err(match sandbox.explain(error).await {
@@ -180,7 +181,21 @@ async fn run(
     if tokio::time::timeout(PARTING, let_part(&options.folder, &tunnel)).await.is_err() {
         tracing::info!("an exec's output is not read: the container ends without waiting for it");
     }
-    end
+    let exit = end?;
+    if exit.oom_killed {
+        sandbox.end();
+        note_oom(options);
+    }
+    Ok(exit.status)
+}
+
+/// Lets engines know that the container was short of memory.
+fn note_oom(options: &Options) {
+    let root = options.folder.parent().unwrap_or(&options.folder);
+    let noted = Container::look(root, &options.id).map_err(io::Error::other);
+    if let Err(error) = noted.and_then(|container| oom::note(&container.record.cgroups)) {
+        tracing::info!("a process of the container was killed for want of memory, which engines do not see: {error}");
+    }
 }
 
 /// Has the guest make the container; the joined streams of its first process.

@@ -29,6 +29,8 @@ const BOOT_LIMIT: Duration = Duration::from_secs(60);
 const FORK_LIMIT: Duration = Duration::from_secs(10);
 /// How long a VM may take to end once its channel is closed.
 const END_NOTICE: Duration = Duration::from_secs(5);
+/// How long the VM's killed processes may take to go.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// How much entropy the guest is given, in bytes.
 const ENTROPY: usize = 64;
 
@@ -202,6 +204,17 @@ impl Sandbox {
         match tokio::time::timeout(END_NOTICE, self.vm.ended()).await {
             Ok(reason) => SandboxError::Gone(reason),
             Err(_) => error.into(),
+        }
+    }
+
+    /// Ends the VM, whose memory the host has when this returns.
+    pub fn end(self) {
+        let processes = self.processes();
+        drop(self);
+        for process in processes {
+            if !process.await_end(END_LIMIT).unwrap_or(false) {
+                tracing::warn!("a process of the VM does not end");
+            }
         }
     }
 
