@@ -17,6 +17,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(stopped_container_starts_again),
         case!(restart_keeps_the_files),
         case!(pause_freezes_and_unpause_goes_on),
+        case!(a_paused_container_can_be_killed_and_removed),
         case!(restart_policy_starts_it_again),
         case!(logs_have_a_tail),
         case!(inspect_tells_the_state),
@@ -82,6 +83,18 @@ fn restart_keeps_the_files(d: &Docker) -> Result<Outcome> {
     container.docker("restart --time 0").ok()?;
     container.expect_log("kept")?;
     Ok(Outcome::new().see("state", container.inspect("{{.State.Status}} {{.RestartCount}}")?))
+}
+
+fn a_paused_container_can_be_killed_and_removed(d: &Docker) -> Result<Outcome> {
+    let killed = d.start("", &["sleep", "1000"])?;
+    killed.docker("pause").ok()?;
+    let exec = killed.exec("", &["true"]).run()?;
+    let kill = killed.docker("kill").run()?;
+    let code = killed.wait()?;
+    let removed = d.start("", &["sleep", "1000"])?;
+    removed.docker("pause").ok()?;
+    let remove = removed.docker("rm --force").run()?;
+    Ok(Outcome::new().see("exec", exec.code).see("kill", kill.code).see("code", code).see("remove", remove.code))
 }
 
 fn pause_freezes_and_unpause_goes_on(d: &Docker) -> Result<Outcome> {

@@ -11,6 +11,8 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(memory_within_the_limit_is_there),
         case!(memory_without_a_limit_is_shown_and_there),
         case!(a_container_killed_for_memory_says_so),
+        case!(an_oom_kill_of_a_child_is_told),
+        case!(limits_can_be_updated),
         case!(processor_time_is_limited).alone(),
         case!(processes_are_limited),
         case!(shared_memory_has_its_size),
@@ -47,6 +49,27 @@ fn a_container_killed_for_memory_says_so(d: &Docker) -> Result<Outcome> {
     let code = container.wait()?;
     expect_equal("exit code", code, 137)?;
     Ok(Outcome::new().see("code", code).see("state", container.inspect("{{.State.OOMKilled}}")?))
+}
+
+fn an_oom_kill_of_a_child_is_told(d: &Docker) -> Result<Outcome> {
+    let container = d.start_sh("--memory 64m --memory-swap 64m", "tail -c 300m /dev/zero; echo goes on; exit 5")?;
+    let code = container.wait()?;
+    container.expect_log("goes on")?;
+    Ok(Outcome::new().see("code", code).see("state", container.inspect("{{.State.OOMKilled}}")?))
+}
+
+fn limits_can_be_updated(d: &Docker) -> Result<Outcome> {
+    let container = d.start("--memory 64m --memory-swap 64m --cpus 1", &["sleep", "1000"])?;
+    container.docker("update --memory 80m --memory-swap 80m --cpus 0.5 --pids-limit 40 --cpu-shares 512").ok()?;
+    let limit = |controller: &str, v1: &str, v2: &str| -> Result<String> {
+        let script = format!("cd /sys/fs/cgroup; cat {controller}/{v1} 2>/dev/null || cat {v2}");
+        Ok(container.exec_sh("", &script).ok()?.text().to_owned())
+    };
+    expect_equal("memory", limit("memory", "memory.limit_in_bytes", "memory.max")?.as_str(), "83886080")?;
+    expect_equal("processes", limit("pids", "pids.max", "pids.max")?.as_str(), "40")?;
+    let quota = limit("cpu", "cpu.cfs_quota_us", "cpu.max")?;
+    expect_equal("quota", quota.split(' ').next(), Some("50000"))?;
+    Ok(Outcome::new().see("then", container.inspect("{{.State.Status}} {{.HostConfig.Memory}}")?))
 }
 
 fn processor_time_is_limited(d: &Docker) -> Result<Outcome> {
