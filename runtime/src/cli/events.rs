@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use runvm_protocol::agent::ContainerStatisticsResponse as Statistics;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::container::{self, Event};
@@ -42,16 +43,28 @@ pub fn events(globals: &Globals, args: &EventsArgs) -> Result<()> {
     container::events(globals, &args.id, args.interval, tell)
 }
 
-fn print_line(value: &Value) -> io::Result<()> {
+/// An event as a line has it, in runc's order.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<Value>,
+}
+
+fn print_line(line: &Line) -> io::Result<()> {
+    let mut text = serde_json::to_vec(line)?;
+    text.push(b'\n');
     let mut stdout = io::stdout().lock();
-    writeln!(stdout, "{value}")?;
+    stdout.write_all(&text)?;
     stdout.flush()
 }
 
-fn describe(id: &str, event: &Event) -> Value {
+fn describe<'a>(id: &'a str, event: &Event) -> Line<'a> {
     match event {
-        Event::OutOfMemory => json!({"type": "oom", "id": id}),
-        Event::Statistics(statistics) => json!({"type": "stats", "id": id, "data": data(statistics)}),
+        Event::OutOfMemory => Line { kind: "oom", id, data: None },
+        Event::Statistics(statistics) => Line { kind: "stats", id, data: Some(data(statistics)) },
     }
 }
 
@@ -182,13 +195,14 @@ mod tests {
         statistics.memory_details.insert("file".into(), 3);
         statistics.memory_details.insert("\u{1b}[2J".into(), 3);
         let event = describe("a", &Event::Statistics(Box::new(statistics)));
-        assert_eq!((&event["type"], &event["id"]), (&json!("stats"), &json!("a")));
-        let data = &event["data"];
+        assert!(serde_json::to_string(&event).unwrap().starts_with(r#"{"type":"stats","id":"a","data":{"#));
+        let data = event.data.unwrap();
         assert_eq!(data["cpu"], json!({"usage": {"total": 5000, "kernel": 0, "user": 0}, "throttling": {}}));
         assert_eq!(data["memory"]["usage"], json!({"limit": u64::MAX, "usage": 7, "failcnt": 0}));
         assert_eq!((&data["memory"]["cache"], &data["memory"]["raw"]), (&json!(3), &json!({"file": 3})));
         assert_eq!(data["pids"], json!({"current": 1}));
-        assert_eq!(describe("a", &Event::OutOfMemory), json!({"type": "oom", "id": "a"}));
+        let oom = serde_json::to_string(&describe("a", &Event::OutOfMemory)).unwrap();
+        assert_eq!(oom, r#"{"type":"oom","id":"a"}"#);
     }
 
     #[test]
