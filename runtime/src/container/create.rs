@@ -99,7 +99,7 @@ fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &mut 
 fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launched: &mut Launched) -> Result<()> {
     container.save()?;
     launched.await_ready()?;
-    run_hooks(bundle, container)?;
+    run_hooks(bundle, container, launched.identity.pid)?;
     container.record.helpers = launched.go(&[])?;
     container.record.phase = Phase::Created;
     container.save()?;
@@ -110,12 +110,12 @@ fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launch
 }
 
 /// The hooks that belong between the making of the namespaces and the container's.
-fn run_hooks(bundle: &Bundle, container: &Container) -> Result<()> {
+fn run_hooks(bundle: &Bundle, container: &Container, monitor: u32) -> Result<()> {
     let Some(hooks) = bundle.spec.hooks() else { return Ok(()) };
     let state = super::oci_state(container)?;
     #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
     hooks::run("prestart", hooks.prestart().iter().flatten(), &state)?;
     hooks::run("createRuntime", hooks.create_runtime().iter().flatten(), &state)?;
-    hooks::run("createContainer", hooks.create_container().iter().flatten(), &state)?;
+    hooks::run_inside("createContainer", hooks.create_container().iter().flatten(), &state, monitor)?;
     Ok(())
 }

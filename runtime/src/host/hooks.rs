@@ -1,12 +1,15 @@
 //! Hooks of the specification that run on the host, with the container's state on their stdin.
 
+use std::fs::File;
 use std::io::{self, Read, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use oci_spec::runtime::Hook;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
 use super::process::ProcessIdentity;
@@ -46,10 +49,23 @@ pub enum HookError {
 /// # Errors
 /// That of the first hook that fails.
 pub fn run<'a>(kind: &'static str, hooks: impl IntoIterator<Item = &'a Hook>, state: &[u8]) -> Result<(), HookError> {
-    hooks.into_iter().try_for_each(|hook| run_one(kind, hook, state))
+    hooks.into_iter().try_for_each(|hook| run_one(kind, hook, state, None))
 }
 
-fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), HookError> {
+/// As [`run`], in the network namespace of the process `pid`: of a container's namespaces the one that the host has.
+///
+/// # Errors
+/// That of the first hook that fails.
+pub fn run_inside<'a>(
+    kind: &'static str,
+    hooks: impl IntoIterator<Item = &'a Hook>,
+    state: &[u8],
+    pid: u32,
+) -> Result<(), HookError> {
+    hooks.into_iter().try_for_each(|hook| run_one(kind, hook, state, Some(pid)))
+}
+
+fn run_one(kind: &'static str, hook: &Hook, state: &[u8], inside: Option<u32>) -> Result<(), HookError> {
     let path = hook.path().clone();
     let cannot = |source| HookError::Run { kind, path: path.clone(), source };
     let failed = |reason| HookError::Failed { kind, path: path.clone(), reason };
@@ -65,6 +81,9 @@ fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), HookErro
     command.envs(env.iter().filter_map(|entry| entry.split_once('=')));
     command.stdin(Stdio::piped()).stdout(output.try_clone().map_err(cannot)?);
     command.stderr(output.try_clone().map_err(cannot)?);
+    if let Some(pid) = inside {
+        enter_network(&mut command, pid).map_err(cannot)?;
+    }
     let mut child = command.spawn().map_err(cannot)?;
 
     if let Some(mut stdin) = child.stdin.take() {
@@ -89,6 +108,15 @@ fn run_one(kind: &'static str, hook: &Hook, state: &[u8]) -> Result<(), HookErro
     let mut said = Vec::new();
     output.take(MAX_OUTPUT).read_to_end(&mut said).map_err(cannot)?;
     Err(failed(format!("{status}: {}", String::from_utf8_lossy(&said).trim())))
+}
+
+/// Has the command's process enter the network namespace of the process `pid`.
+fn enter_network(command: &mut Command, pid: u32) -> io::Result<()> {
+    let namespace = File::open(format!("/proc/{pid}/ns/net"))?;
+    let enter = move || Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?);
+    // SAFETY: between fork and exec it makes one system call, it allocates nothing and takes no lock.
+    unsafe { command.pre_exec(enter) };
+    Ok(())
 }
 
 #[cfg(test)]
