@@ -1,5 +1,6 @@
 //! The runtime called by hand, with bundles made by hand, held against runc.
 
+mod configuration;
 mod life;
 mod limits;
 mod missing;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         limits::cases(),
         processes::cases(),
         surroundings::cases(),
+        configuration::cases(),
         report::cases(),
         refused::cases(),
         missing::cases(),

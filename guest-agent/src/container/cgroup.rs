@@ -43,7 +43,8 @@ impl Cgroup {
     /// Makes it, with its limits.
     pub(crate) fn create(&self, resources: Option<&LinuxResources>) -> Result<(), String> {
         fs::create_dir(&self.path).map_err(|error| format!("cannot make the container's cgroup: {error}"))?;
-        resources.map_or(Ok(()), |resources| self.update(resources))
+        let limited = resources.map_or(Ok(()), |resources| self.update(resources));
+        limited.map_err(|error| format!("cannot set linux.resources: {error}"))
     }
 
     /// Changes the limits.
