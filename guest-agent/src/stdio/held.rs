@@ -10,8 +10,8 @@ use tokio::sync::oneshot;
 use super::Stream;
 use crate::sync::lock;
 
-/// How many streams may wait.
-const MAX_HELD: usize = 64;
+/// How many streams may wait: as many as the host can open, since each of many processes at once waits for its last.
+const MAX_HELD: usize = 1024;
 
 /// How long a stream may wait.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -15,8 +15,8 @@ use tokio::sync::Semaphore;
 use crate::vmm::{ByteStream, Channel};
 
 const NAME: &str = "agent.sock";
-/// How many connections are served at once, fewer than the channel has streams; further ones wait.
-const MAX_CONNECTIONS: u32 = 200;
+/// How many of the channel's streams are the monitor's own, at most: control, log, look-ups, stdio.
+const OWN_STREAMS: usize = 8;
 
 /// The socket in a container's folder.
 #[derive(Debug)]
@@ -58,19 +58,23 @@ impl Channel for MonitorSocket {
 /// The socket being served.
 pub struct Tunnel {
     places: Arc<Semaphore>,
+    /// How many there are in all.
+    count: u32,
 }
 
 impl Tunnel {
-    /// Serves the socket for as long as the runtime runs.
-    pub fn serve(listener: UnixListener, channel: Arc<dyn Channel>) -> Self {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS as usize));
+    /// Serves the socket for as long as the runtime runs, over a channel of so many streams. A connection that finds none
+    /// free waits for one.
+    pub fn serve(listener: UnixListener, channel: Arc<dyn Channel>, streams: usize) -> Self {
+        let count = u32::try_from(streams.saturating_sub(OWN_STREAMS)).unwrap_or(u32::MAX);
+        let places = Arc::new(Semaphore::new(count as usize));
         tokio::spawn(serve(listener, channel, places.clone()));
-        Self { places }
+        Self { places, count }
     }
 
     /// Waits until nobody is connected, and lets nobody connect from then on.
     pub async fn deserted(&self) {
-        match self.places.acquire_many(MAX_CONNECTIONS).await {
+        match self.places.acquire_many(self.count).await {
             Ok(places) => places.forget(),
             // Nobody closes it.
             Err(_closed) => {}
@@ -126,7 +130,7 @@ mod tests {
         let folder = dir.path().join("x".repeat(200));
         std::fs::create_dir(&folder).unwrap();
         let socket = MonitorSocket::of(&folder);
-        let tunnel = Tunnel::serve(socket.listen().unwrap(), Arc::new(Echo));
+        let tunnel = Tunnel::serve(socket.listen().unwrap(), Arc::new(Echo), 2 + OWN_STREAMS);
         let mut stream = socket.open().await.unwrap();
         stream.write_all(b"hello").await.unwrap();
         stream.shutdown().await.unwrap();

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::process::setsid;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 
 use crate::agent::{Agent, AgentError, Descriptors, Exit, MonitorSocket, Relay, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec, NetworkNamespace};
@@ -78,6 +78,7 @@ pub fn main(options: &Options) -> u8 {
 
 fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     log::stage("monitor main");
+    raise_limit_of_files().map_err(Error::system("raise the limit of open files"))?;
     // The engine's terminal, and signals to its process group, are not the monitor's.
     setsid().map_err(Error::system("make a session"))?;
     let bundle = Bundle::load(&options.bundle)?;
@@ -91,6 +92,12 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     owner.await_go().map_err(Error::system("wait for the creator"))?;
     log::stage("hooks done");
     single_threaded(run(options, &bundle, guest, terminal, owner))
+}
+
+/// Each stream of each exec is two descriptors here, and who calls runvm by hand may have as few as 1024.
+fn raise_limit_of_files() -> io::Result<()> {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
 }
 
 /// Puts this process, and what it starts, into the container's network namespace.
@@ -156,7 +163,7 @@ async fn run(
         Err(error) => return Err(sandbox.explain(error).await.into()),
     };
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
-    let tunnel = Tunnel::serve(listener, sandbox.channel());
+    let tunnel = Tunnel::serve(listener, sandbox.channel(), sandbox.streams());
     release_stdio().map_err(Error::system("release the stdio"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;
     owner.dismiss();

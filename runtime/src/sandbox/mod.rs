@@ -196,6 +196,11 @@ impl Sandbox {
         self.vm.channel.clone()
     }
 
+    /// How many streams there may be to the agent at once.
+    pub fn streams(&self) -> usize {
+        self.vm.streams
+    }
+
     /// What is to be told of an agent's error: the channel ends when the VM does, and then the VM's end is the better story.
     pub async fn explain(&mut self, error: AgentError) -> SandboxError {
         if !error.is_end_of_guest() {

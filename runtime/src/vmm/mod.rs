@@ -120,6 +120,8 @@ pub struct Vm {
     pub template: Option<String>,
     /// The way to its agent.
     pub channel: Arc<dyn Channel>,
+    /// How many streams the channel has at once.
+    pub streams: usize,
 }
 
 /// What a VMM says at its end, to be read once it has ended.

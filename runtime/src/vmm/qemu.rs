@@ -91,6 +91,7 @@ impl Vmm for Qemu {
             words,
             template: None,
             channel: Arc::new(SerialChannel(opener)),
+            streams: mux::MAX_STREAMS,
         })
     }
 }

@@ -22,6 +22,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use command_fds::{CommandFdExt as _, FdMapping};
 use runvm_vmm::machine::Flavour;
+use runvm_vmm::virtio::vsock::MAX_CONNECTIONS;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -241,7 +242,8 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
     log::stage("vmm started");
     let report = converse(&mut control, &description).await?;
     let words: super::Words = Some(Box::new(control));
-    let mut vm = Vm { process, identity, share: None, words, template: None, channel: Arc::new(doorway) };
+    let channel = Arc::new(doorway);
+    let mut vm = Vm { process, identity, share: None, words, template: None, channel, streams: MAX_CONNECTIONS };
     match report {
         Some(Ok(saving)) => Ok((vm, saving)),
         Some(Err(Failure::Share(error))) => Err(ShareError::Setup(error).into()),
