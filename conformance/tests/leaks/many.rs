@@ -20,15 +20,14 @@ const SLOWER: u32 = 2;
 const NOISE: Duration = Duration::from_millis(200);
 
 pub(crate) fn cases() -> Vec<Case<Hand>> {
-    vec![case!(lifecycles_leave_nothing_and_stay_as_quick).alone()]
+    vec![
+        case!(lifecycles_leave_nothing_and_stay_as_quick).alone(),
+        case!(lifecycles_in_steps_leave_nothing_and_stay_as_quick).alone(),
+    ]
 }
 
 fn lifecycles_leave_nothing_and_stay_as_quick(h: &Hand) -> Result<Outcome> {
-    let count = match std::env::var(COUNT) {
-        Ok(count) => count.parse().with_context(|| format!("{COUNT}={count} is no number"))?,
-        Err(_) => LIFECYCLES,
-    };
-    ensure!(count >= 5, "{COUNT}={count} has no first and last fifth");
+    let count = count()?;
     let folder = h.folder().join("templates");
     let log = h.folder().join("log");
     let bundle = h.bundle("echo ran; exit 3")?;
@@ -55,9 +54,46 @@ fn lifecycles_leave_nothing_and_stay_as_quick(h: &Hand) -> Result<Outcome> {
     }
     before.expect_nothing_new()?;
     expect_equal("files of templates", files(&folder)?, templates)?;
-    let (first, last) = (median(&times[..count / 5]), median(&times[count - count / 5..]));
-    ensure!(last < first * SLOWER + NOISE, "at first a lifecycle took {first:?}, in the end {last:?}");
+    expect_as_quick(&times)?;
     Ok(Outcome::new().see("left", 0))
+}
+
+/// The same as an engine does it, verb by verb, with an exec in between.
+fn lifecycles_in_steps_leave_nothing_and_stay_as_quick(h: &Hand) -> Result<Outcome> {
+    let count = count()?;
+    let bundle = h.bundle("read word; exit 3")?;
+    let lifecycle = || {
+        let begun = Instant::now();
+        bundle.create()?;
+        expect_equal("output of exec", bundle.exec("", "echo ran").ok()?.text(), "ran")?;
+        bundle.call("start").ok()?;
+        bundle.expect_stopped()?;
+        bundle.call("delete").ok()?;
+        anyhow::Ok(begun.elapsed())
+    };
+    lifecycle()?;
+    let before = Census::take()?;
+    let times = (0..count).map(|_| lifecycle()).collect::<Result<Vec<_>>>()?;
+    before.expect_nothing_new()?;
+    expect_as_quick(&times)?;
+    Ok(Outcome::new().see("left", 0))
+}
+
+/// How many lifecycles are wanted.
+fn count() -> Result<usize> {
+    let count = match std::env::var(COUNT) {
+        Ok(count) => count.parse().with_context(|| format!("{COUNT}={count} is no number"))?,
+        Err(_) => LIFECYCLES,
+    };
+    ensure!(count >= 5, "{COUNT}={count} has no first and last fifth");
+    Ok(count)
+}
+
+fn expect_as_quick(times: &[Duration]) -> Result<()> {
+    let fifth = times.len() / 5;
+    let (first, last) = (median(&times[..fifth]), median(&times[times.len() - fifth..]));
+    ensure!(last < first * SLOWER + NOISE, "at first a lifecycle took {first:?}, in the end {last:?}");
+    Ok(())
 }
 
 fn median(times: &[Duration]) -> Duration {
