@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(limits_of_disks),
         case!(hooks_have_their_namespaces),
         case!(hooks_have_their_time),
+        case!(a_failing_hook_after_the_start_stops_it),
         case!(all_hooks_after_the_end_run),
         case!(a_changed_configuration_changes_nothing),
         case!(what_a_guest_cannot_have_is_refused),
@@ -260,6 +261,16 @@ fn hooks_have_their_time(h: &Hand) -> Result<Outcome> {
     ensure!(output.code != 0 && output.stderr.contains("hook"), "{output:?}");
     bundle.expect_no_trace()?;
     Ok(Outcome::new().see("refused", output.code != 0))
+}
+
+fn a_failing_hook_after_the_start_stops_it(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(&["sleep", "1000"], |config| {
+        config["hooks"] = json!({ "poststart": [{ "path": "/bin/false", "args": ["false"] }] });
+    })?;
+    let output = bundle.run().run()?;
+    ensure!(output.stderr.contains("hook"), "the sentence does not speak of the hook: {}", output.stderr);
+    bundle.expect_no_trace()?;
+    Ok(Outcome::new().see("exit", output.code))
 }
 
 fn all_hooks_after_the_end_run(h: &Hand) -> Result<Outcome> {

@@ -96,13 +96,12 @@ fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
         unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }
             .map_err(failed("make a cgroup namespace"))?;
     }
-    if own.contains(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME) {
-        if let Some(name) = spec.hostname() {
-            rustix::system::sethostname(name.as_bytes()).map_err(failed("set hostname"))?;
-        }
-        if let Some(name) = spec.domainname() {
-            rustix::system::setdomainname(name.as_bytes()).map_err(failed("set domainname"))?;
-        }
+    // Without a namespace of its own they are the guest's, which is the container's too.
+    if let Some(name) = spec.hostname() {
+        rustix::system::sethostname(name.as_bytes()).map_err(failed("set hostname"))?;
+    }
+    if let Some(name) = spec.domainname() {
+        rustix::system::setdomainname(name.as_bytes()).map_err(failed("set domainname"))?;
     }
     clocks::shift(linux)?;
     linux.sysctl().as_ref().map_or(Ok(()), sysctl::set)

@@ -169,7 +169,7 @@ pub fn remark(spec: &Spec) {
             "is a label of the host's policy; the guest's kernel has no SELinux",
         ),
         (
-            memory.is_some_and(|memory| memory.kernel().is_some() || memory.kernel_tcp().is_some()),
+            memory.is_some_and(|memory| memory.kernel().max(memory.kernel_tcp()) > Some(0)),
             "linux.resources.memory.kernel",
             "is a limit that kernels have no more; linux.resources.memory.limit includes it",
         ),
