@@ -1,6 +1,7 @@
 //! What a bundle asks of the world around the container: hooks, mounts, a network namespace.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -104,17 +105,26 @@ fn mounts_of_all_kinds(h: &Hand) -> Result<Outcome> {
     let source = h.folder().join("source");
     fs::create_dir(&source)?;
     fs::write(source.join("file"), "bound\n")?;
-    let script = "cat /bound/file /file; echo x >/bound/new; echo x >/file; echo x >/scratch/x && cat /scratch/x; stat -c %a /scratch";
+    let script = "cat /bound/file /file; echo x >/bound/new; echo x >/file; echo x >/scratch/x && cat /scratch/x;
+                  stat -c %a /scratch; cd /copied && echo y >inner/new && cat inner/file inner/new && stat -c '%a %u' . inner/file";
     let bundle = h.bundle_with(&["sh", "-c", script], |config| {
         let mounts = [
             json!({ "destination": "/bound", "type": "bind", "source": source, "options": ["rbind", "ro"] }),
             json!({ "destination": "/file", "type": "bind", "source": source.join("file"), "options": ["bind", "ro"] }),
             json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1770", "size=1m"] }),
+            json!({ "destination": "/copied", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }),
         ];
         config["mounts"].as_array_mut().into_iter().for_each(|list| list.extend(mounts.clone()));
     })?;
+    let covered = bundle.inside("copied/inner");
+    fs::create_dir_all(&covered)?;
+    fs::write(covered.join("file"), "below\n")?;
+    fs::set_permissions(covered.join("file"), fs::Permissions::from_mode(0o640))?;
+    fs::set_permissions(bundle.inside("copied"), fs::Permissions::from_mode(0o751))?;
+    std::os::unix::fs::chown(covered.join("file"), Some(7), None)?;
     let output = bundle.run().run()?;
-    expect_equal("output", output.text(), "bound\nbound\nx\n1770")?;
+    expect_equal("output", output.text(), "bound\nbound\nx\n1770\nbelow\ny\n751 0\n640 7")?;
+    expect_equal("what is covered", fs::read_to_string(covered.join("file"))?.as_str(), "below\n")?;
     ensure!(output.stderr.matches("Read-only file system").count() == 2, "a write went through: {}", output.stderr);
     Ok(Outcome::new().see_output("run", &output))
 }

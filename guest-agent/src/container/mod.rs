@@ -2,6 +2,7 @@
 
 mod cgroup;
 mod clocks;
+mod copy_up;
 mod create;
 pub(crate) mod devices;
 mod exec;

@@ -1,5 +1,6 @@
 //! The file systems of a container: mounted, entered, and closed to what its processes may not change or see.
 
+use std::borrow::Cow;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
@@ -12,6 +13,7 @@ use rustix::fs::statvfs;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_bind_recursive, mount_remount};
 
+use super::copy_up::Covered;
 use super::process::failed;
 use super::program::describe;
 use super::propagation;
@@ -20,8 +22,11 @@ use super::propagation;
 /// its own.
 pub(super) fn enter(spec: &Spec, linux: &Linux) -> Result<(), String> {
     let root = spec.root().as_ref().ok_or("root is missing")?.path();
+    let mut mounts = Cow::Borrowed(spec);
+    let covered = Covered::find(&mut mounts, root).map_err(failed("look at what a tmpfs covers"))?;
     let file_systems = RootFS::new();
-    file_systems.prepare_rootfs(spec, root, false, true).map_err(failed("prepare the root file system"))?;
+    file_systems.prepare_rootfs(&mounts, root, false, true).map_err(failed("prepare the root file system"))?;
+    covered.iter().try_for_each(|covered| covered.copy_up(root)).map_err(failed("copy for a mount with tmpcopyup"))?;
     create_syscall().pivot_rootfs(root).map_err(failed("enter the root file system"))?;
     propagation::set(spec)?;
     file_systems.adjust_root_mount_propagation(linux).map_err(failed("set linux.rootfsPropagation"))

@@ -8,10 +8,9 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccompAction, Mount, Spec};
 use super::{Bundle, BundleError};
 
 /// Options of mounts that only runtimes of the host's kernel can follow.
-const MOUNT_OPTIONS: [(&str, &str); 4] = [
+const MOUNT_OPTIONS: [(&str, &str); 3] = [
     ("idmap", "asks for IDs to be mapped, which the guest's share does not do: give the files their owners"),
     ("ridmap", "asks for IDs to be mapped, which the guest's share does not do: give the files their owners"),
-    ("tmpcopyup", "asks for a copy of what is below, which runvm does not make: leave it out"),
     ("iversion", "asks for versions of inodes, which no file system of a guest counts: leave it out"),
 ];
 
@@ -139,6 +138,10 @@ fn check_mount(bundle: &Bundle, index: usize, mount: &Mount) -> Result<(), Bundl
         }
     }
     let options = mount.options().as_deref().unwrap_or_default();
+    if options.iter().any(|option| option == "tmpcopyup") && mount.typ().as_deref() != Some("tmpfs") {
+        let problem = "has a tmpfs begin as a copy of what it covers, and this is none: leave it out";
+        return Err(bundle.field(format!("mounts[{index}].options (tmpcopyup)"), problem));
+    }
     let refused = MOUNT_OPTIONS.iter().find(|(name, _)| options.iter().any(|option| option == name));
     match refused {
         Some((name, problem)) => Err(bundle.field(format!("mounts[{index}].options ({name})"), *problem)),
