@@ -122,7 +122,8 @@ fn update_holds(h: &Hand) -> Result<Outcome> {
 }
 
 fn update_below_what_is_used(h: &Hand) -> Result<Outcome> {
-    let script = "head -c 30m /dev/zero | tail -c 30m | (echo ready; sleep 1000)";
+    // What tail has read it holds until somebody reads it, and the first byte comes after all of it.
+    let script = "head -c 30m /dev/zero | tail -c 30m | (head -c 1 >/dev/null; echo ready; sleep 1000)";
     let bundle = h.bundle_with(&["sh", "-c", script], |config| {
         config["linux"]["resources"] = json!({"memory": {"limit": 64 << 20, "swap": 64 << 20}});
     })?;

@@ -3,7 +3,7 @@
 //! The device is a transport for FUSE. What is served, and to which tree its names lead, is the business of whoever gives
 //! it a [`FileSystem`]; requests are taken apart by virtiofsd's server, the one that its daemon uses, without its daemon.
 //!
-//! Requests are answered by the processor that tells of them, or else by the device's thread: see [`desk`]. So a request
+//! Requests are answered by the processor that tells of them, or else by the device's thread: see `desk`. So a request
 //! that takes its time lets its processor wait, and a pause as well. virtiofsd opens only regular files and directories,
 //! never a FIFO or a device that could wait for somebody, and offers no locks that wait; what is left is the host's own
 //! slowness in reading and writing.
