@@ -36,7 +36,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
     ]
 }
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A server that reads to the end, then answers with what it read in capitals.
 fn shouting_server(address: impl Into<IpAddr>) -> Result<(u16, std::thread::JoinHandle<Result<String>>)> {
@@ -138,7 +138,7 @@ fn a_long_stream_each_way(d: &Docker) -> Result<Outcome> {
         std::io::copy(&mut std::io::repeat(b'y').take(COUNT), &mut stream)?;
         Ok(received)
     });
-    let script = format!("head -c {COUNT} /dev/zero | nc -w 30 {HOST4} {port} | wc -c");
+    let script = format!("head -c {COUNT} /dev/zero | nc -w 90 {HOST4} {port} | wc -c");
     let output = d.sh("", &script).run()?;
     let received = joined(server)?;
     expect_equal("bytes out and in", (received, output.text()), (COUNT, &*COUNT.to_string()))?;
