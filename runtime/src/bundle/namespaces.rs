@@ -21,6 +21,11 @@ pub enum NetworkNamespace {
     Host,
 }
 
+/// Whether it asks for a namespace of this kind, a new one or another's.
+pub(super) fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    namespaces(spec).iter().any(|namespace| namespace.typ() == kind)
+}
+
 fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
     spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default()
 }
@@ -74,10 +79,9 @@ pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
 
 /// Refuses new namespaces that a guest does not make, and the lack of one that it needs.
 fn check_new(bundle: &Bundle) -> Result<(), BundleError> {
-    let has = |kind| namespaces(&bundle.spec).iter().any(|namespace| namespace.typ() == kind);
-    let problem = if has(LinuxNamespaceType::User) {
+    let problem = if has(&bundle.spec, LinuxNamespaceType::User) {
         "asks for a user namespace, which a container in a VM has none of: the VM is the wall"
-    } else if !has(LinuxNamespaceType::Mount) {
+    } else if !has(&bundle.spec, LinuxNamespaceType::Mount) {
         "has no mount namespace: a container in a VM cannot use the host's mounts"
     } else {
         return Ok(());

@@ -5,12 +5,14 @@
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccompAction, Mount, Spec};
 
-use super::{Bundle, BundleError};
+use super::{Bundle, BundleError, namespaces};
+
+const ID_MAPPED: &str = "asks for IDs to be mapped, which the guest's share does not do: give the files their owners";
 
 /// Options of mounts that only runtimes of the host's kernel can follow.
 const MOUNT_OPTIONS: [(&str, &str); 3] = [
-    ("idmap", "asks for IDs to be mapped, which the guest's share does not do: give the files their owners"),
-    ("ridmap", "asks for IDs to be mapped, which the guest's share does not do: give the files their owners"),
+    ("idmap", ID_MAPPED),
+    ("ridmap", ID_MAPPED),
     ("iversion", "asks for versions of inodes, which no file system of a guest counts: leave it out"),
 ];
 
@@ -41,13 +43,12 @@ fn of_process(spec: &Spec) -> [Question; 2] {
 
 fn of_linux(spec: &Spec) -> Vec<Question> {
     let Some(linux) = spec.linux() else { return Vec::new() };
-    let is_there = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
     const MAPPINGS: &str = "maps IDs into a user namespace, which a container in a VM has none of: the VM is the wall";
     vec![
         (is_there(linux.uid_mappings()), "linux.uidMappings", MAPPINGS),
         (is_there(linux.gid_mappings()), "linux.gidMappings", MAPPINGS),
         (
-            has_offsets(spec) && !has_time_namespace(spec),
+            has_offsets(spec) && !namespaces::has(spec, LinuxNamespaceType::Time),
             "linux.timeOffsets",
             "shifts the clocks of a time namespace, and linux.namespaces has none",
         ),
@@ -69,15 +70,14 @@ fn of_linux(spec: &Spec) -> Vec<Question> {
     ]
 }
 
+fn is_there<T>(list: &Option<Vec<T>>) -> bool {
+    list.as_ref().is_some_and(|list| !list.is_empty())
+}
+
 /// Whether the container's clocks are to be shifted.
 pub(super) fn has_offsets(spec: &Spec) -> bool {
     let offsets = spec.linux().as_ref().and_then(|linux| linux.time_offsets().as_ref());
     offsets.is_some_and(|offsets| !offsets.is_empty())
-}
-
-fn has_time_namespace(spec: &Spec) -> bool {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    namespaces.into_iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Time)
 }
 
 fn of_seccomp(spec: &Spec) -> [Question; 1] {
@@ -130,11 +130,11 @@ fn of_resources(spec: &Spec) -> Vec<Question> {
 }
 
 fn check_mount(bundle: &Bundle, index: usize, mount: &Mount) -> Result<(), BundleError> {
-    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
-    for (asked, field) in [(mapped(mount.uid_mappings()), "uidMappings"), (mapped(mount.gid_mappings()), "gidMappings")]
+    for (asked, field) in
+        [(is_there(mount.uid_mappings()), "uidMappings"), (is_there(mount.gid_mappings()), "gidMappings")]
     {
         if asked {
-            return Err(bundle.field(format!("mounts[{index}].{field}"), MOUNT_OPTIONS[0].1));
+            return Err(bundle.field(format!("mounts[{index}].{field}"), ID_MAPPED));
         }
     }
     let options = mount.options().as_deref().unwrap_or_default();

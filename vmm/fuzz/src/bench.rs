@@ -172,7 +172,6 @@ impl<S: Subject> Bench<S> {
     fn kick(&mut self, queue: usize) {
         if let Some(attendant) = self.device.attendant() {
             if attendant.attend(queue).is_err() {
-                attendant.give_up();
                 self.serving = false;
             }
         } else if let Some(queue) = self.io.queues.get(queue) {

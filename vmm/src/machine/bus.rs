@@ -112,7 +112,6 @@ impl Bus {
         match (&place.attendant, <[u8; 4]>::try_from(data)) {
             (Some(attendant), Ok(queue)) if offset == QUEUE_NOTIFY => {
                 if let Err(error) = attendant.attend(u32::from_le_bytes(queue) as usize) {
-                    attendant.give_up();
                     place.lock().fail(&error);
                 }
             }

@@ -29,7 +29,7 @@ const LAZY: i32 = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
 pub const BLOCK: u64 = 2 << 20;
 
 /// A block of memory in a file. In files the regions come one after the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Block(
     /// The how-manieth.
     pub u32,

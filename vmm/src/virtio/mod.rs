@@ -193,9 +193,6 @@ pub trait Attendant: Send + Sync {
     /// at once.
     ///
     /// # Errors
-    /// [`DeviceError`] where the device cannot go on.
+    /// [`DeviceError`] where the device cannot go on: then nothing is served until it is started again.
     fn attend(&self, queue: usize) -> Result<(), DeviceError>;
-
-    /// Serves no more, until the device is started again.
-    fn give_up(&self);
 }

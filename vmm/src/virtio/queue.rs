@@ -39,6 +39,22 @@ struct State {
     notified: u16,
 }
 
+impl State {
+    fn pop(&mut self, memory: &Memory) -> Result<Option<Chain>, Error> {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        // `pop_descriptor_chain` alone would hide a malformed ring behind an empty one.
+        Ok(self.queue.iter(memory.clone())?.next())
+    }
+
+    fn take_notice(&mut self, memory: &Memory) -> Result<bool, Error> {
+        let used = self.queue.next_used();
+        let notified = mem::replace(&mut self.notified, used);
+        Ok(used != notified && notification_wanted(&self.queue, memory, notified, used)?)
+    }
+}
+
 impl VirtQueue {
     /// A queue that the driver has set up. `kick` is written when the driver has filled it.
     pub fn new(index: usize, queue: Queue, kick: Event, interrupt: Interrupt) -> Self {
@@ -130,13 +146,7 @@ impl VirtQueue {
     /// # Errors
     /// [`DeviceError::Queue`].
     pub fn pop(&self, memory: &Memory) -> Result<Option<Chain>, DeviceError> {
-        let mut state = self.state();
-        if !state.queue.ready() {
-            return Ok(None);
-        }
-        // `pop_descriptor_chain` alone would hide a malformed ring behind an empty one.
-        let mut chains = state.queue.iter(memory.clone()).map_err(self.malformed())?;
-        Ok(chains.next())
+        self.state().pop(memory).map_err(self.malformed())
     }
 
     /// Undoes the last [`VirtQueue::pop`].
@@ -190,10 +200,7 @@ impl VirtQueue {
     /// # Errors
     /// [`DeviceError::Queue`].
     pub fn take_notice(&self, memory: &Memory) -> Result<bool, DeviceError> {
-        let mut state = self.state();
-        let used = state.queue.next_used();
-        let notified = mem::replace(&mut state.notified, used);
-        Ok(used != notified && notification_wanted(&state.queue, memory, notified, used).map_err(self.malformed())?)
+        self.state().take_notice(memory).map_err(self.malformed())
     }
 
     /// Takes the next chain in the name of one of several threads that serve the queue at once: the driver is asked to
@@ -202,12 +209,12 @@ impl VirtQueue {
     /// # Errors
     /// [`DeviceError::Queue`].
     pub fn take(&self, memory: &Memory) -> Result<Option<Chain>, DeviceError> {
-        let queue = &mut self.state().queue;
-        if !queue.ready() {
+        let mut state = self.state();
+        if !state.queue.ready() {
             return Ok(None);
         }
-        let chain = queue.iter(memory.clone()).map_err(self.malformed())?.next();
-        let more = queue.enable_notification(&**memory).map_err(self.malformed())?;
+        let chain = state.pop(memory).map_err(self.malformed())?;
+        let more = state.queue.enable_notification(&**memory).map_err(self.malformed())?;
         if chain.is_none() && more {
             // It came in between.
             self.kick();
@@ -226,9 +233,7 @@ impl VirtQueue {
             return Ok(());
         }
         state.queue.add_used(&**memory, head, written).map_err(self.malformed())?;
-        let used = state.queue.next_used();
-        let notified = mem::replace(&mut state.notified, used);
-        if notification_wanted(&state.queue, memory, notified, used).map_err(self.malformed())? {
+        if state.take_notice(memory).map_err(self.malformed())? {
             self.interrupt.queue_used();
         }
         Ok(())

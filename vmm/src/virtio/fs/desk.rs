@@ -84,7 +84,7 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
     /// Serves what processors have left, and what is in a queue, in the device's own thread.
     pub(super) fn work(&self, queue: usize) -> Result<(), DeviceError> {
         self.clear()?;
-        self.attend(queue, |task| self.serve(task))
+        self.take_from(queue, |task| self.serve(task))
     }
 
     /// Serves what processors have left.
@@ -103,7 +103,11 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
     }
 
     /// Takes some requests out of a queue.
-    fn attend(&self, queue: usize, mut take: impl FnMut(Task) -> Result<(), DeviceError>) -> Result<(), DeviceError> {
+    fn take_from(
+        &self,
+        queue: usize,
+        mut take: impl FnMut(Task) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
         let Some(session) = lock(&self.session).clone() else { return Ok(()) };
         let Some(source) = session.queues.get(queue) else { return Ok(()) };
         for _ in 0..BATCH {
@@ -160,16 +164,13 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Attendant f
     }
 
     fn attend(&self, queue: usize) -> Result<(), DeviceError> {
-        self.attend(queue, |task| {
+        let attended = self.take_from(queue, |task| {
             if !task.is_slow() {
                 return self.serve(task);
             }
             self.leave(task).or_else(|task| self.serve(task))
-        })
-    }
-
-    fn give_up(&self) {
-        self.close();
+        });
+        attended.inspect_err(|_| self.close())
     }
 }
 
