@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::process::Pid;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::log;
 
@@ -19,9 +20,11 @@ pub(crate) fn is_child() -> bool {
     IS_CHILD.load(Ordering::Relaxed)
 }
 
-/// Where a copy is born, if not where this process is: new namespaces, as flags of clone(2), and a cgroup.
+/// Where a copy is born, if not where this process is: new namespaces, as flags of clone(2), the PID namespace of another
+/// process, and a cgroup.
 pub(crate) struct Birthplace<'a> {
     pub(crate) namespaces: libc::c_int,
+    pub(crate) pid_namespace: Option<BorrowedFd<'a>>,
     pub(crate) cgroup: BorrowedFd<'a>,
 }
 
@@ -46,8 +49,23 @@ pub(crate) fn fork_into(
     arguments.cgroup = u64::from(place.cgroup.as_raw_fd().cast_unsigned());
     // SAFETY: without memory in common this is fork(2), and the agent has one thread. What the C library knows of
     // the process that may not be so any more, its number, it only uses to abort.
-    let forked = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
+    let fork = || unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
+    let forked = match place.pid_namespace {
+        Some(other) => bear_into(other, fork)?,
+        None => fork(),
+    };
     continue_as(forked, || apart(log, keep, work))
+}
+
+/// Has a copy be born into the PID namespace of another process (a pidfd), and later ones into this process's own again.
+fn bear_into(other: BorrowedFd<'_>, fork: impl FnOnce() -> libc::c_long) -> io::Result<libc::c_long> {
+    let own = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
+    move_into_thread_name_spaces(other, ThreadNameSpaceType::PROCESS_ID)?;
+    let forked = fork();
+    if forked != 0 {
+        move_into_thread_name_spaces(own.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
+    }
+    Ok(forked)
 }
 
 fn apart(log: OwnedFd, keep: &[BorrowedFd<'_>], work: impl FnOnce() -> i32) -> i32 {

@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use runvm_protocol::agent;
-use rustix::mount::{MountFlags, mount};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::time::{ClockId, Timespec};
 
 use crate::error::RequestError;
@@ -36,6 +37,18 @@ pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Resul
         mount_share(share).map_err(RequestError::system(format!("mount the share {:?}", share.tag)))?;
     }
     log::stage("share mounted");
+    Ok(())
+}
+
+/// Lets go of what is mounted at these places of the share, and with it of all that the kernel keeps of its files.
+pub(crate) fn release(places: &[String]) -> Result<(), RequestError> {
+    for place in places {
+        match unmount(place.as_str(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // Nobody has looked at it since it came.
+            Err(Errno::INVAL | Errno::NOENT) => {}
+            released => released.map_err(RequestError::system(format!("let go of {place}")))?,
+        }
+    }
     Ok(())
 }
 

@@ -82,6 +82,14 @@ impl agent_ttrpc::Agent for Agent {
         to_its_end(async move { containers.delete(&request.container_id).await.map(empty) }).await
     }
 
+    async fn release_files(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ReleaseFilesRequest,
+    ) -> ttrpc::Result<agent::Empty> {
+        Ok(sandbox::release(&request.paths).map(empty)?)
+    }
+
     async fn update_container(
         &self,
         _: &TtrpcContext,

@@ -80,6 +80,18 @@ pub enum Error {
         /// The VM's, in bytes.
         memory: u64,
     },
+    /// A container for more memory than its pod's VM has.
+    #[error(
+        "the container may use {limit} bytes of memory, and its pod's VM has {} MiB and gets no more: state the limits of \
+         all containers in the pod, which the VM is sized by",
+        memory >> 20
+    )]
+    PodTooSmall {
+        /// In bytes.
+        limit: i64,
+        /// The VM's, in bytes.
+        memory: u64,
+    },
     /// The monitor, a process of its own, failed; its sentence.
     #[error("{0}")]
     Monitor(String),

@@ -12,6 +12,7 @@ pub mod host;
 pub mod log;
 pub mod monitor;
 pub mod network;
+pub mod pod;
 pub mod sandbox;
 pub mod share;
 pub mod state;

@@ -12,6 +12,7 @@ use rustix::process::Pid;
 use tokio::sync::watch;
 
 use super::cgroup::Cgroup;
+use super::company::Company;
 use super::init::{self, READY, Reins};
 use super::process::{Stdio, child_log, console, hear, receive_file, report};
 use super::spec::SpecError;
@@ -44,12 +45,17 @@ pub(super) async fn create(
     id: &str,
     cgroup: &Cgroup,
     spec: &Spec,
+    company: &Company,
     stdio: Stdio,
 ) -> Result<Created, RequestError> {
     let linux = spec.linux().as_ref().ok_or(SpecError::Missing("linux"))?;
     cgroup.create(linux.resources().as_ref()).map_err(RequestError::Program)?;
     let place = File::open(cgroup.path()).map_err(RequestError::system("open the container's cgroup"))?;
-    let place = Birthplace { namespaces: init::birth_namespaces(linux), cgroup: place.as_fd() };
+    let place = Birthplace {
+        namespaces: init::birth_namespaces(linux, company),
+        pid_namespace: company.pid_namespace(),
+        cgroup: place.as_fd(),
+    };
     let (mut said, report) = report().map_err(RequestError::system("make a pipe"))?;
     let (go_end, go) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(RequestError::system("make a pipe"))?;
     let (console, console_end) = console().map_err(RequestError::system("make a socket"))?;
@@ -57,7 +63,8 @@ pub(super) async fn create(
     let reins = Reins { report, go: go_end, console: console_end };
     let mut keep = vec![reins.report.as_fd(), reins.go.as_fd(), reins.console.as_fd()];
     keep.extend(stdio.ends());
-    let init = child::fork_into(&place, log_end, &keep, || init::live(id, spec, &stdio, &reins));
+    keep.extend(company.descriptor());
+    let init = child::fork_into(&place, log_end, &keep, || init::live(id, spec, company, &stdio, &reins));
     drop(keep);
     drop((reins, stdio));
     let init = init.map_err(RequestError::system("start a process"))?;

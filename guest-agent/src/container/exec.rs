@@ -44,6 +44,14 @@ impl Door {
         let init_file = rustix::process::pidfd_open(init, PidfdFlags::empty())?;
         Ok(Self { init: init_file, init_pid: init, namespaces, cgroup, seccomp })
     }
+
+    /// The container's first process, as a descriptor.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub(super) fn first_process(&self) -> io::Result<OwnedFd> {
+        self.init.try_clone()
+    }
 }
 
 /// A process that is to get into a container.

@@ -16,6 +16,7 @@ use libcontainer::utils::parse_env;
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
 
+use super::company::Company;
 use super::process::{self, Stdio, failed, let_go, tell};
 use super::{clocks, priority, program, rootfs, sysctl};
 use crate::child;
@@ -35,15 +36,15 @@ pub(super) struct Reins {
 
 /// The namespaces that the process is born in, as flags of clone(2). That of cgroups has to wait until it is in its
 /// cgroup, and that of time until its clocks are set.
-pub(super) fn birth_namespaces(linux: &Linux) -> libc::c_int {
+pub(super) fn birth_namespaces(linux: &Linux, company: &Company) -> libc::c_int {
     let later = ThreadNameSpaceType::CONTROL_GROUP | ThreadNameSpaceType::TIME;
-    let namespaces = process::namespaces(linux).difference(later);
+    let namespaces = process::namespaces(linux).difference(later | company.namespaces());
     namespaces.bits().cast_signed()
 }
 
 /// The process's life up to its program; its exit code, should it not come so far.
-pub(super) fn live(id: &str, spec: &Spec, stdio: &Stdio, reins: &Reins) -> i32 {
-    let process = match prepare(spec, stdio, &reins.console) {
+pub(super) fn live(id: &str, spec: &Spec, company: &Company, stdio: &Stdio, reins: &Reins) -> i32 {
+    let process = match prepare(spec, company, stdio, &reins.console) {
         Ok(process) => process,
         Err(sentence) => return tell(&reins.report, &sentence),
     };
@@ -58,7 +59,7 @@ pub(super) fn live(id: &str, spec: &Spec, stdio: &Stdio, reins: &Reins) -> i32 {
     }
 }
 
-fn prepare<'a>(spec: &'a Spec, stdio: &Stdio, console: &OwnedFd) -> Result<&'a Process, String> {
+fn prepare<'a>(spec: &'a Spec, company: &Company, stdio: &Stdio, console: &OwnedFd) -> Result<&'a Process, String> {
     let process = spec.process().as_ref().ok_or("process is missing")?;
     let linux = spec.linux().as_ref().ok_or("linux is missing")?;
     process::limit(process)?;
@@ -69,6 +70,7 @@ fn prepare<'a>(spec: &'a Spec, stdio: &Stdio, console: &OwnedFd) -> Result<&'a P
         priority::set_scheduler(scheduler).map_err(failed("set process.scheduler"))?;
     }
     rustix::process::setsid().map_err(failed("start a session"))?;
+    company.join().map_err(failed("join the namespaces of the sandbox"))?;
     enter_namespaces(spec, linux)?;
     rootfs::enter(spec, linux)?;
     rootfs::make_directory(process.cwd())?;

@@ -2,6 +2,7 @@
 
 mod cgroup;
 mod clocks;
+mod company;
 mod copy_up;
 mod create;
 pub(crate) mod devices;
@@ -28,6 +29,7 @@ use rustix::process::Pid;
 use rustix::thread::ThreadNameSpaceType;
 
 use self::cgroup::Cgroup;
+use self::company::Company;
 use self::create::Starter;
 use self::exec::{Door, Visitor};
 use self::process::Stdio;
@@ -111,15 +113,30 @@ impl Containers {
     async fn make(&self, id: &str, request: &agent::CreateContainerRequest) -> Result<Container, RequestError> {
         let cgroup = Cgroup::of(id);
         let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
+        let company = self.company(request)?;
         let streams = Streams::take(&self.held, &request.stdio).await?;
         // The guest's network is the container's.
         sysctl::set(&net_sysctls).map_err(RequestError::Program)?;
-        let first = self.first_process(id, &cgroup, &spec, &request.stdio, streams).await;
+        let first = self.first_process(id, &cgroup, &spec, &company, &request.stdio, streams).await;
         let made = first.and_then(|(init, starter)| Container::around(init, starter, &spec, &cgroup));
-        if made.is_err() {
-            let _ = cgroup.remove().await;
+        match &made {
+            Ok(container) if company.has_pid_namespace() => container.end_with_first_process(),
+            Ok(_) => {}
+            Err(_) => {
+                let _ = cgroup.remove().await;
+            }
         }
         made
+    }
+
+    /// Whose namespaces a new container shares.
+    fn company(&self, request: &agent::CreateContainerRequest) -> Result<Company, RequestError> {
+        let namespaces = process::shared_namespaces(&request.shared_namespaces)?;
+        let sandbox = match request.sandbox_id.as_str() {
+            "" => None,
+            id => Some(self.find(id)?.door.first_process().map_err(RequestError::system("share its namespaces"))?),
+        };
+        Ok(Company::new(namespaces, sandbox))
     }
 
     async fn first_process(
@@ -127,18 +144,19 @@ impl Containers {
         id: &str,
         cgroup: &Cgroup,
         spec: &Spec,
+        company: &Company,
         stdio: &agent::Stdio,
         streams: Streams,
     ) -> Result<(Process, Starter), RequestError> {
         let process = spec.process().clone().unwrap_or_default();
         if process.terminal().unwrap_or_default() {
             let terminal = Stdio::Terminal(size_of(stdio, &process));
-            let created = create::create(&self.reaper, id, cgroup, spec, terminal).await?;
+            let created = create::create(&self.reaper, id, cgroup, spec, company, terminal).await?;
             let process = adopt_terminal(streams, created.init, &created.exit, created.master)?;
             return Ok((process, created.starter));
         }
         let (pipes, ends) = pipes_for(&streams, &process)?;
-        let created = create::create(&self.reaper, id, cgroup, spec, Stdio::Pipes(ends)).await?;
+        let created = create::create(&self.reaper, id, cgroup, spec, company, Stdio::Pipes(ends)).await?;
         let attached = |streams| Attached::pipes(streams, pipes, &created.exit);
         Ok((adopt(streams, created.init, &created.exit, attached)?, created.starter))
     }
@@ -329,6 +347,17 @@ impl Container {
             .map_err(RequestError::system("open the container's first process"))?;
         let (phase, paused, execs) = (Mutex::new(Phase::Created), AtomicBool::new(false), Mutex::default());
         Ok(Self { cgroup: cgroup.clone(), starter, door, init, phase, paused, execs })
+    }
+
+    /// Ends all its processes when the first one has ended, as the kernel does where that is the first of a PID namespace.
+    fn end_with_first_process(&self) {
+        let (cgroup, exit) = (self.cgroup.clone(), self.init.exit.clone());
+        tokio::spawn(async move {
+            exit.status().await;
+            if let Err(error) = cgroup.signal_all(libc::SIGKILL) {
+                tracing::warn!("processes of a container outlive its first one: {error}");
+            }
+        });
     }
 
     fn alive(&self) -> Result<(), RequestError> {

@@ -23,6 +23,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
 use super::program::describe;
+use super::spec::SpecError;
 use crate::boot;
 use crate::stdio::ChildEnds;
 
@@ -60,6 +61,21 @@ pub(super) fn namespaces(linux: &Linux) -> ThreadNameSpaceType {
         LinuxNamespaceType::Time => ThreadNameSpaceType::TIME,
     };
     linux.namespaces().iter().flatten().map(kind).collect()
+}
+
+/// The namespaces of these kinds, by the names of the specification.
+pub(super) fn shared_namespaces(kinds: &[String]) -> Result<ThreadNameSpaceType, SpecError> {
+    let kind = |kind: &String| match kind.as_str() {
+        "ipc" => Ok(ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION),
+        "pid" => Ok(ThreadNameSpaceType::PROCESS_ID),
+        "uts" => Ok(ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME),
+        _ => Err(SpecError::Invalid {
+            field: "shared namespaces",
+            value: kind.clone(),
+            reason: "containers of a guest share ipc, pid and uts",
+        }),
+    };
+    kinds.iter().map(kind).collect()
 }
 
 /// Hides the process from those who are in the container already, and sets its limits.

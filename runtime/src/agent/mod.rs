@@ -17,6 +17,8 @@ use thiserror::Error;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context};
 
+use crate::bundle::GuestSpec;
+use crate::log;
 use crate::vmm::{ByteStream, Channel};
 
 pub use stdio::{Descriptors, Relay};
@@ -158,12 +160,32 @@ impl Agent {
         ask("ConfigureNetwork", self.client.configure_network(unlimited(), &request)).await.map(drop)
     }
 
-    /// Creates a container up to the point where only its program is left to run.
+    /// Creates a container up to the point where only its program is left to run; the joined streams of its first process.
+    /// What it shares it shares with the container `sandbox`, or where there is none with the guest.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn create_container(&self, request: wire::CreateContainerRequest) -> Result<()> {
-        ask("CreateContainer", self.client.create_container(unlimited(), &request)).await.map(drop)
+    pub async fn make_container(
+        &self,
+        id: &str,
+        guest: &GuestSpec,
+        sandbox: Option<&str>,
+        descriptors: Descriptors,
+    ) -> Result<Relay> {
+        let spec = serde_json::to_vec(&guest.spec).map_err(|error| AgentError::Channel(error.into()))?;
+        // Not the ID, which may be longer than a key.
+        let key = format!("init-{}", log::monotonic_us());
+        let (relay, stdio) = Relay::open(self, &key, descriptors, false).await?;
+        let request = wire::CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec,
+            stdio: Some(stdio).into(),
+            shared_namespaces: guest.shared_namespaces.iter().map(ToString::to_string).collect(),
+            sandbox_id: sandbox.unwrap_or_default().to_owned(),
+            ..Default::default()
+        };
+        ask("CreateContainer", self.client.create_container(unlimited(), &request)).await?;
+        Ok(relay)
     }
 
     /// Runs a created container's program.
@@ -188,6 +210,32 @@ impl Agent {
     /// [`AgentError`].
     pub async fn resume_container(&self, id: &str) -> Result<()> {
         ask("ResumeContainer", self.client.resume_container(unlimited(), &container(id))).await.map(drop)
+    }
+
+    /// Removes what is left of a container that has ended, or was never started.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn delete_container(&self, id: &str) -> Result<()> {
+        ask("DeleteContainer", self.client.delete_container(unlimited(), &container(id))).await.map(drop)
+    }
+
+    /// Has the guest let go of files of the share: `paths` are the guest's.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn release_files(&self, paths: Vec<String>) -> Result<()> {
+        let request = wire::ReleaseFilesRequest { paths, ..Default::default() };
+        ask("ReleaseFiles", self.client.release_files(unlimited(), &request)).await.map(drop)
+    }
+
+    /// The processes of a container, by their PIDs in the guest.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn list_processes(&self, id: &str) -> Result<Vec<wire::ProcessInfo>> {
+        let listing = ask("ListProcesses", self.client.list_processes(unlimited(), &container(id))).await?;
+        Ok(listing.processes)
     }
 
     /// Changes a container's limits: `resources` is `linux.resources` as JSON, in the guest's terms.

@@ -16,7 +16,7 @@ use oci_spec::runtime::Spec;
 use thiserror::Error;
 
 pub use namespaces::NetworkNamespace;
-pub use split::{GuestSpec, split};
+pub use split::{GuestSpec, guest_path, split};
 pub use unsupported::remark;
 
 /// The newest version of the runtime specification that is understood.
@@ -77,12 +77,31 @@ pub struct Bundle {
     pub spec: Spec,
 }
 
+/// Whom a container shares its VM with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// Nobody.
+    Alone,
+    /// Those that will join it: it is the first of a pod, whose namespaces they share.
+    Sandbox,
+    /// A pod, which it joins.
+    Member,
+}
+
 impl Bundle {
-    /// Loads the bundle in the folder `path`.
+    /// Loads the bundle in the folder `path`, of a container that has its VM alone.
     ///
     /// # Errors
     /// [`BundleError`], naming the file and the field.
     pub fn load(path: &Path) -> Result<Self, BundleError> {
+        Self::load_as(path, Membership::Alone)
+    }
+
+    /// Loads the bundle in the folder `path`.
+    ///
+    /// # Errors
+    /// [`BundleError`], naming the file and the field.
+    pub fn load_as(path: &Path, membership: Membership) -> Result<Self, BundleError> {
         let path = path.canonicalize().map_err(|source| BundleError::Read { path: path.to_owned(), source })?;
         let config = path.join("config.json");
         let spec = read_spec(&config)?;
@@ -104,7 +123,7 @@ impl Bundle {
         let root = spec.root().as_ref().ok_or_else(|| field("root", "is missing".into()))?;
         let rootfs = rootfs(&path, root.path()).map_err(|problem| field("root.path", problem))?;
         let bundle = Self { path, rootfs, spec };
-        namespaces::check(&bundle)?;
+        namespaces::check(&bundle, membership)?;
         unsupported::check(&bundle)?;
         Ok(bundle)
     }

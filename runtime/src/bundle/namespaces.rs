@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
-use super::{Bundle, BundleError};
+use super::{Bundle, BundleError, Membership};
 use crate::network::namespace;
 
 /// Where a container's network namespace comes from.
@@ -40,32 +40,34 @@ pub(super) fn network(spec: &Spec) -> NetworkNamespace {
     }
 }
 
+/// The kinds of namespaces that the containers of a pod can have in common, beside the network's, which is the guest's.
+const COMMON: [LinuxNamespaceType; 3] = [LinuxNamespaceType::Ipc, LinuxNamespaceType::Pid, LinuxNamespaceType::Uts];
+
+/// The namespaces that a container of a pod shares with the others: those that it names by a path.
+pub(super) fn shared(spec: &Spec) -> Vec<LinuxNamespaceType> {
+    let shared = namespaces(spec).iter().filter(|namespace| is_named(namespace)).map(LinuxNamespace::typ);
+    shared.filter(|kind| COMMON.contains(kind)).collect()
+}
+
+fn is_named(namespace: &LinuxNamespace) -> bool {
+    namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty())
+}
+
 /// Refuses what cannot be shared with a guest.
-pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
-    match network(&bundle.spec) {
-        NetworkNamespace::Host => return Err(host_network(bundle, "has no network namespace")),
-        // Whether the file exists is asked where it is used.
-        NetworkNamespace::Existing(path) if namespace::is_current(&path).unwrap_or(false) => {
-            return Err(host_network(bundle, "asks for the host's network namespace"));
+pub(super) fn check(bundle: &Bundle, membership: Membership) -> Result<(), BundleError> {
+    match membership {
+        Membership::Alone => check_network(bundle)?,
+        Membership::Sandbox => {
+            check_network(bundle)?;
+            check_of_pod(bundle)?;
         }
-        NetworkNamespace::Existing(path) if is_of_a_process(&path) => {
-            return Err(bundle.field(
-                "linux.namespaces",
-                format!(
-                    "asks for the network namespace {} of another container (`--network container:`): two containers \
-                     in VMs of their own cannot share one, give each a network",
-                    path.display()
-                ),
-            ));
-        }
-        _ => {}
+        // Its network is that of the pod.
+        Membership::Member => check_of_pod(bundle)?,
     }
     check_new(bundle)?;
-    let shared = namespaces(&bundle.spec).iter().find(|namespace| {
-        namespace.typ() != LinuxNamespaceType::Network
-            && namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty())
-    });
-    match shared {
+    let in_common = |kind| membership == Membership::Member && COMMON.contains(&kind);
+    let mut named = namespaces(&bundle.spec).iter().filter(|namespace| is_named(namespace));
+    match named.find(|namespace| namespace.typ() != LinuxNamespaceType::Network && !in_common(namespace.typ())) {
         None => Ok(()),
         Some(namespace) => Err(bundle.field(
             "linux.namespaces",
@@ -75,6 +77,36 @@ pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
             ),
         )),
     }
+}
+
+fn check_network(bundle: &Bundle) -> Result<(), BundleError> {
+    match network(&bundle.spec) {
+        NetworkNamespace::Host => Err(host_network(bundle, "has no network namespace")),
+        // Whether the file exists is asked where it is used.
+        NetworkNamespace::Existing(path) if namespace::is_current(&path).unwrap_or(false) => {
+            Err(host_network(bundle, "asks for the host's network namespace"))
+        }
+        NetworkNamespace::Existing(path) if is_of_a_process(&path) => Err(bundle.field(
+            "linux.namespaces",
+            format!(
+                "asks for the network namespace {} of another container (`--network container:`): two containers \
+                 in VMs of their own cannot share one, give each a network",
+                path.display()
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a pod that wants to be among the host's processes.
+fn check_of_pod(bundle: &Bundle) -> Result<(), BundleError> {
+    for (kind, word) in [(LinuxNamespaceType::Pid, "hostPID"), (LinuxNamespaceType::Ipc, "hostIPC")] {
+        if !has(&bundle.spec, kind) {
+            let problem = format!("has no {kind} namespace (`{word}`): a pod in a VM cannot use the host's");
+            return Err(bundle.field("linux.namespaces", problem));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses new namespaces that a guest does not make, and the lack of one that it needs.
@@ -116,7 +148,7 @@ mod tests {
         let named = bundle(r#"{"type":"network","path":"/run/netns/a"},{"type":"mount"}"#);
         assert_eq!(new.network_namespace(), NetworkNamespace::New);
         assert_eq!(named.network_namespace(), NetworkNamespace::Existing("/run/netns/a".into()));
-        assert!(check(&new).is_ok() && check(&named).is_ok());
+        assert!([new, named].iter().all(|bundle| check(bundle, Membership::Alone).is_ok()));
     }
 
     #[test]
@@ -129,8 +161,31 @@ mod tests {
             (r#"{"type":"network"},{"type":"mount"},{"type":"user"}"#, "user namespace"),
             (r#"{"type":"network"}"#, "mount namespace"),
         ] {
-            let message = check(&bundle(namespaces)).unwrap_err().to_string();
+            let message = check(&bundle(namespaces), Membership::Alone).unwrap_err().to_string();
             assert!(message.contains(reason), "{message}");
+        }
+    }
+
+    #[test]
+    fn containers_of_a_pod_share_what_they_name() {
+        const OWN: &str = r#"{"type":"mount"},{"type":"network","path":"/proc/42/ns/net"},{"type":"pid"}"#;
+        let member = bundle(&format!(r#"{OWN},{{"type":"ipc","path":"/proc/42/ns/ipc"}}"#));
+        check(&member, Membership::Member).unwrap();
+        assert_eq!(shared(&member.spec), [LinuxNamespaceType::Ipc]);
+        let mounts = bundle(r#"{"type":"pid"},{"type":"ipc"},{"type":"mount","path":"/proc/42/ns/mnt"}"#);
+        let message = check(&mounts, Membership::Member).unwrap_err().to_string();
+        assert!(message.contains("mnt namespace"), "{message}");
+    }
+
+    #[test]
+    fn a_pod_is_not_among_the_hosts_processes() {
+        const NETWORK: &str = r#"{"type":"mount"},{"type":"network"}"#;
+        for (namespaces, word) in [(r#"{"type":"ipc"}"#, "hostPID"), (r#"{"type":"pid"}"#, "hostIPC")] {
+            let bundle = bundle(&format!("{NETWORK},{namespaces}"));
+            check(&bundle, Membership::Alone).unwrap();
+            for membership in [Membership::Sandbox, Membership::Member] {
+                assert!(check(&bundle, membership).unwrap_err().to_string().contains(word));
+            }
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, Spec};
 use runvm_protocol::SHARE_MOUNT_POINT;
 
-use super::{Bundle, BundleError, unsupported};
-use crate::share::Export;
+use super::{Bundle, BundleError, namespaces, unsupported};
+use crate::share::{Export, FRESH};
 
 /// The guest's part of a bundle.
 #[derive(Clone, Debug)]
@@ -16,17 +16,30 @@ pub struct GuestSpec {
     pub spec: Spec,
     /// What the share must hold for it.
     pub exports: Vec<Export>,
+    /// The namespaces that it shares with other containers of the guest. The specification's have no path.
+    pub shared_namespaces: Vec<LinuxNamespaceType>,
 }
 
-/// Takes the specification of the container `id` apart.
+impl GuestSpec {
+    /// Has the container find at another place of the share what it would at `place`.
+    pub fn relocate(&mut self, place: &Path, other: &Path) {
+        let (place, other) = (guest_path(place), guest_path(other));
+        for mount in self.spec.mounts_mut().iter_mut().flatten() {
+            if mount.source().as_ref() == Some(&place) {
+                mount.set_source(Some(other.clone()));
+            }
+        }
+    }
+}
+
+/// Takes a container's specification apart. Its files are at `place` in the share, which is a name.
 ///
 /// # Errors
 /// [`BundleError::Field`] for a mount whose source does not exist.
-pub fn split(bundle: &Bundle, id: &str) -> Result<GuestSpec, BundleError> {
+pub fn split(bundle: &Bundle, place: &str) -> Result<GuestSpec, BundleError> {
     let mut spec = bundle.spec.clone();
-    let in_share = PathBuf::from(id);
     let mut exports = vec![Export {
-        path: in_share.join("rootfs"),
+        path: Path::new("rootfs").join(place),
         source: bundle.rootfs.clone(),
         read_only: read_only_root(bundle),
         recursive: true,
@@ -42,17 +55,16 @@ pub fn split(bundle: &Bundle, id: &str) -> Result<GuestSpec, BundleError> {
             mount.set_source(Some(source));
             continue;
         }
-        let export = Export {
-            path: in_share.join("mounts").join(index.to_string()),
-            source,
-            read_only: has_option(mount, &["ro", "rro"]),
-            recursive,
-        };
+        let read_only = has_option(mount, &["ro", "rro"]);
+        // What the guest cannot change only the host does.
+        let kind = if read_only { FRESH } else { "mounts" };
+        let path = Path::new(kind).join(place).join(index.to_string());
+        let export = Export { path, source, read_only, recursive };
         mount.set_source(Some(guest_path(&export.path)));
         exports.push(export);
     }
     take_out_host_matters(&mut spec);
-    Ok(GuestSpec { spec, exports })
+    Ok(GuestSpec { spec, exports, shared_namespaces: namespaces::shared(&bundle.spec) })
 }
 
 /// Whether the guest may not change the root file system.
@@ -60,7 +72,8 @@ pub(super) fn read_only_root(bundle: &Bundle) -> bool {
     bundle.spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly).unwrap_or(false)
 }
 
-fn guest_path(in_share: &Path) -> PathBuf {
+/// Where the guest finds what is there in the share.
+pub fn guest_path(in_share: &Path) -> PathBuf {
     Path::new(SHARE_MOUNT_POINT).join(in_share)
 }
 
@@ -134,6 +147,10 @@ fn take_out_host_matters(spec: &mut Spec) {
                 LinuxNamespaceType::Time => shifts_clocks,
                 _ => true,
             });
+            namespaces.iter_mut().for_each(|namespace| {
+                // The guest is told by whom the namespace is shared.
+                namespace.set_path(None);
+            });
         }
     }
 }
@@ -161,11 +178,11 @@ mod tests {
             .iter()
             .map(|export| (export.path.to_str().unwrap(), export.read_only, export.recursive))
             .collect();
-        assert_eq!(exports, [("web/rootfs", false, true), ("web/mounts/1", true, true)]);
+        assert_eq!(exports, [("rootfs/web", false, true), ("fresh/web/1", true, true)]);
         let mounts = guest.spec.mounts().as_ref().unwrap();
-        assert_eq!(mounts[1].source().as_deref(), Some(Path::new("/run/runvm/share/web/mounts/1")));
+        assert_eq!(mounts[1].source().as_deref(), Some(Path::new("/run/runvm/share/fresh/web/1")));
         assert_eq!(mounts[2].source().as_deref(), Some(Path::new("/sys/fs/cgroup")));
-        assert_eq!(guest.spec.root().as_ref().unwrap().path(), Path::new("/run/runvm/share/web/rootfs"));
+        assert_eq!(guest.spec.root().as_ref().unwrap().path(), Path::new("/run/runvm/share/rootfs/web"));
     }
 
     #[test]

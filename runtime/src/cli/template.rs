@@ -90,6 +90,7 @@ fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
             nics,
             console: None,
             log: globals.log.clone(),
+            cgroup: None,
         };
         let builtin = Builtin::new(Assets::find(), globals.vm.templates, globals.vm.store());
         Ok(builtin.make_template(&machine).await.map_err(SandboxError::from)?)

@@ -11,7 +11,6 @@ use std::fs;
 use std::path::Path;
 
 use rustix::process::Signal;
-use serde_json::json;
 
 use crate::error::{Error, Result};
 use crate::host::hooks;
@@ -107,18 +106,14 @@ fn oci_state(container: &Container) -> Result<Vec<u8>> {
 
 fn oci_state_as(container: &Container, status: Status) -> Result<Vec<u8>> {
     let record = &container.record;
-    let mut state = json!({
-        "ociVersion": record.oci_version,
-        "id": record.id,
-        "status": status.name(),
-        "bundle": record.bundle,
-        "annotations": record.annotations,
-    });
-    if let (Some(monitor), Some(object)) = (record.monitor, state.as_object_mut())
-        && status != Status::Stopped
-    {
-        object.insert("pid".to_owned(), monitor.pid.into());
-    }
+    let state = hooks::State {
+        oci_version: &record.oci_version,
+        id: &record.id,
+        status: status.name(),
+        pid: record.monitor.filter(|_| status != Status::Stopped).map(|monitor| monitor.pid),
+        bundle: &record.bundle,
+        annotations: &record.annotations,
+    };
     serde_json::to_vec(&state).map_err(|error| Error::system("write the state")(error))
 }
 

@@ -52,13 +52,41 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`], naming the file.
     pub fn create(spec: &Spec, id: &str, guest_memory: u64) -> Result<Self, CgroupError> {
-        let path = relative_path(spec, id);
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        Self::create_at(&relative_path(named(spec), id), resources, guest_memory)
+    }
+
+    /// Makes the cgroup of the container `id` below `parent`, which is in one of the forms of `linux.cgroupsPath`, without
+    /// limits of its own.
+    ///
+    /// # Errors
+    /// [`CgroupError`], naming the file.
+    pub fn create_below(parent: &str, id: &str) -> Result<Self, CgroupError> {
+        let path = match parent.ends_with(".slice") {
+            true => format!("{parent}:runvm:{id}"),
+            false => format!("{parent}/{id}"),
+        };
+        Self::create_at(&relative_path(&path, id), None, 0)
+    }
+
+    fn create_at(path: &Path, resources: Option<&LinuxResources>, guest_memory: u64) -> Result<Self, CgroupError> {
         let hierarchies = Hierarchies::mounted();
         match hierarchies.v1.is_empty() {
-            false => hierarchies.create_v1(&path, resources, guest_memory),
-            true => hierarchies.create_v2(&path, resources, guest_memory),
+            false => hierarchies.create_v1(path, resources, guest_memory),
+            true => hierarchies.create_v2(path, resources, guest_memory),
         }
+    }
+
+    /// The cgroup that [`Self::create`] makes, if it is there.
+    pub fn find(spec: &Spec, id: &str) -> Vec<PathBuf> {
+        let path = relative_path(named(spec), id);
+        let hierarchies = Hierarchies::mounted();
+        let mount_points = hierarchies.v1.iter().map(|(_, mount_point)| mount_point).chain(&hierarchies.v2);
+        let mut folders: Vec<_> = mount_points.map(|mount_point| mount_point.join(&path)).collect();
+        folders.retain(|folder| folder.is_dir());
+        folders.sort();
+        folders.dedup();
+        folders
     }
 
     /// Has the command's process be born into the cgroup, and with it what that starts. To be called before the
@@ -160,18 +188,29 @@ fn processes(folder: &Path) -> Vec<ProcessIdentity> {
     list.lines().filter_map(|pid| ProcessIdentity::of(pid.parse().ok()?)).collect()
 }
 
+/// `linux.cgroupsPath`.
+fn named(spec: &Spec) -> &str {
+    let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    path.and_then(|path| path.to_str()).unwrap_or_default()
+}
+
 /// The path below a hierarchy's mount point. It is the engine's word: `..` has no place in it.
-fn relative_path(spec: &Spec, id: &str) -> PathBuf {
-    let named = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
-    let text = named.and_then(|path| path.to_str()).unwrap_or_default();
+fn relative_path(text: &str, id: &str) -> PathBuf {
     // systemd's form, slice:prefix:name.
     let path = match text.split(':').collect::<Vec<_>>()[..] {
-        [slice, prefix, name] => format!("{slice}/{prefix}-{name}.scope"),
+        [slice, prefix, name] => format!("{}/{prefix}-{name}.scope", expanded(slice)),
         _ => text.to_owned(),
     };
     let path: PathBuf =
         Path::new(&path).components().filter(|part| matches!(part, std::path::Component::Normal(_))).collect();
     if path.as_os_str().is_empty() { PathBuf::from(format!("runvm-{id}")) } else { path }
+}
+
+/// The folder of a slice of systemd's: `a-b.slice` lies in `a.slice`, see systemd.slice(5).
+fn expanded(slice: &str) -> String {
+    let name = slice.strip_suffix(".slice").unwrap_or(slice).trim_matches('-');
+    let ends = name.match_indices('-').map(|(end, _)| end).chain([name.len()]).filter(|&end| end > 0);
+    ends.map(|end| format!("{}.slice", &name[..end])).collect::<Vec<_>>().join("/")
 }
 
 struct Hierarchies {
@@ -382,9 +421,11 @@ mod tests {
             (r#"{"cgroupsPath":"/docker/abc"}"#, "docker/abc"),
             (r#"{"cgroupsPath":"system.slice:runvm:abc"}"#, "system.slice/runvm-abc.scope"),
             (r#"{"cgroupsPath":"/../../etc"}"#, "etc"),
+            (r#"{"cgroupsPath":"a-b-c.slice:cri:x"}"#, "a.slice/a-b.slice/a-b-c.slice/cri-x.scope"),
+            (r#"{"cgroupsPath":"-.slice:cri:x"}"#, "cri-x.scope"),
             ("{}", "runvm-abc"),
         ] {
-            assert_eq!(relative_path(&spec(path), "abc"), Path::new(expected));
+            assert_eq!(relative_path(named(&spec(path)), "abc"), Path::new(expected));
         }
     }
 

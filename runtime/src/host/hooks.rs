@@ -1,15 +1,17 @@
 //! Hooks of the specification that run on the host, with the container's state on their stdin.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use oci_spec::runtime::Hook;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::Serialize;
 use thiserror::Error;
 
 use super::process::ProcessIdentity;
@@ -44,7 +46,26 @@ pub enum HookError {
     },
 }
 
-/// Runs the hooks in order, until one fails. `state` is the container's state as JSON.
+/// A container's state as the OCI runtime specification has it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct State<'a> {
+    /// The version of the specification that the container's config.json follows.
+    pub oci_version: &'a str,
+    /// The container.
+    pub id: &'a str,
+    /// One of the specification's words.
+    pub status: &'static str,
+    /// The process that stands for the container on the host; none once it is stopped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// The folder of its bundle.
+    pub bundle: &'a Path,
+    /// Those of config.json.
+    pub annotations: &'a HashMap<String, String>,
+}
+
+/// Runs the hooks in order, until one fails. `state` is the container's [`State`] as JSON.
 ///
 /// # Errors
 /// That of the first hook that fails.

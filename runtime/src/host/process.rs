@@ -93,6 +93,14 @@ impl ProcessIdentity {
         Ok(())
     }
 
+    /// A descriptor of the process.
+    ///
+    /// # Errors
+    /// Those of pidfd_open(2); [`io::ErrorKind::NotFound`] when it is gone.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        self.pidfd()?.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
     /// A descriptor of the process; none when it is gone.
     fn pidfd(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };

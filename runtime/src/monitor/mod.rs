@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 
-use crate::agent::{Agent, AgentError, Descriptors, Exit, MonitorSocket, Relay, Tunnel};
-use crate::bundle::{self, Bundle, GuestSpec, NetworkNamespace};
+use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
+use crate::bundle::{self, Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
 use crate::host::{oom, terminal};
 use crate::log;
@@ -27,7 +27,6 @@ use crate::vmm;
 pub use attend::{KILL_SENT, KILLED, Process, attend};
 pub use handshake::{Owner, ToOwner};
 pub use launch::{Globals, Launched};
-use runvm_protocol::agent as wire;
 
 /// How long the end of a container waits for its execs to take their leave. They end with it: what can delay them is
 /// only who reads their output.
@@ -83,7 +82,8 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     setsid().map_err(Error::system("make a session"))?;
     let bundle = Bundle::load(&options.bundle)?;
     let guest = bundle::split(&bundle, &options.id)?;
-    enter_network(&bundle.network_namespace())?;
+    let namespace = bundle.network_namespace();
+    single_threaded(async { Ok(namespace::take_up(&namespace).await.map_err(SandboxError::from)?) })?;
     let terminal = match &options.console_socket {
         Some(socket) if bundle.terminal() => Some(controlling_terminal(socket.clone())?),
         _ => None,
@@ -98,19 +98,6 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
 fn raise_limit_of_files() -> io::Result<()> {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     Ok(setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })?)
-}
-
-/// Puts this process, and what it starts, into the container's network namespace.
-fn enter_network(namespace: &NetworkNamespace) -> Result<()> {
-    let entered = match namespace {
-        NetworkNamespace::New => single_threaded(async { Ok(namespace::create().await) })?,
-        NetworkNamespace::Existing(path) => namespace::enter(path),
-        // The bundle's check refuses it first; nothing of ours may ever touch the host's own interfaces.
-        NetworkNamespace::Host => {
-            return Err(Error::Usage("a container in a VM cannot use the host's network".to_owned()));
-        }
-    };
-    Ok(entered.map_err(SandboxError::from)?)
 }
 
 /// Runs to the end of `work` on this thread, and leaves threads that still read stdin to the process's end.
@@ -142,11 +129,12 @@ async fn run(
     let mut sandbox = Sandbox::boot(Config {
         vm: options.vm.clone(),
         size: Size::of(&bundle.spec),
-        exports: guest.exports,
+        exports: guest.exports.clone(),
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),
         engine_resolver: bundle.uses_engine_resolver(),
         log: options.log.clone(),
         console: options.guest_console.clone(),
+        cgroup: None,
     })
     .await?;
     let descriptors = match &terminal {
@@ -154,11 +142,7 @@ async fn run(
         None => Descriptors::inherited(bundle.terminal()),
     };
     let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
-    // Not the ID, which may be longer than a key.
-    let key = format!("init-{}", log::monotonic_us());
-    let spec =
-        serde_json::to_vec(&guest.spec).map_err(|error| Error::system("write the guest's specification")(error))?;
-    let relay = match create(&sandbox.agent, &options.id, spec, &key, descriptors).await {
+    let relay = match sandbox.agent.make_container(&options.id, &guest, None, descriptors).await {
         Ok(relay) => relay,
         Err(error) => return Err(sandbox.explain(error).await.into()),
     };
@@ -203,25 +187,6 @@ fn note_oom(options: &Options) {
     if let Err(error) = noted.and_then(|container| oom::note(&container.record.cgroups)) {
         tracing::info!("a process of the container was killed for want of memory, which engines do not see: {error}");
     }
-}
-
-/// Has the guest make the container; the joined streams of its first process.
-async fn create(
-    agent: &Agent,
-    id: &str,
-    spec: Vec<u8>,
-    key: &str,
-    descriptors: Descriptors,
-) -> std::result::Result<Relay, AgentError> {
-    let (relay, stdio) = Relay::open(agent, key, descriptors, false).await?;
-    let request = wire::CreateContainerRequest {
-        container_id: id.to_owned(),
-        spec,
-        stdio: Some(stdio).into(),
-        ..Default::default()
-    };
-    agent.create_container(request).await?;
-    Ok(relay)
 }
 
 /// Waits until all execs have ended, and their parents know: engines expect of a container that they do so before it

@@ -104,6 +104,9 @@ pub struct Neighbour {
 /// What can go wrong between a network namespace and a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
+    /// The host's own network was asked for.
+    #[error("a container in a VM cannot use the host's network")]
+    Host,
     /// Netlink did not work as it should.
     #[error("cannot {action}")]
     Netlink {

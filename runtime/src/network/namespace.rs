@@ -11,9 +11,22 @@ use rtnetlink::LinkUnspec;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::{NetworkError, netlink};
+use crate::bundle::NetworkNamespace;
 
 /// The index of `lo` in every namespace.
 const LOOPBACK: u32 = 1;
+
+/// Puts the calling thread into a container's network namespace, which is made where it is to be a new one.
+///
+/// # Errors
+/// Where it is missing, or the host's own: nothing of ours may ever touch the host's interfaces.
+pub async fn take_up(namespace: &NetworkNamespace) -> Result<(), NetworkError> {
+    match namespace {
+        NetworkNamespace::New => create().await,
+        NetworkNamespace::Existing(path) => enter(path),
+        NetworkNamespace::Host => Err(NetworkError::Host),
+    }
+}
 
 /// Puts the calling thread into a new network namespace, with its loopback interface up as a container expects it.
 ///

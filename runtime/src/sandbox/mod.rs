@@ -13,10 +13,11 @@ use thiserror::Error;
 
 use crate::agent::{Agent, AgentError};
 use crate::error::sentence;
+use crate::host::cgroup::Cgroup;
 use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::network::{self, Network, NetworkError};
-use crate::share::Export;
+use crate::share::{Export, Served};
 use crate::template::{self, TemplateError};
 use crate::vmm::probe::{self, Accelerator, Choice, NoKvm, Wanted};
 use crate::vmm::{self, Channel, Machine, Nic, Vm, VmmError};
@@ -79,6 +80,8 @@ pub struct Config {
     pub log: log::Options,
     /// Where the guest's console goes.
     pub console: Option<PathBuf>,
+    /// The cgroup of the VM's processes, where that is not this process's own.
+    pub cgroup: Option<Arc<Cgroup>>,
 }
 
 /// A booted VM whose agent answers.
@@ -149,6 +152,7 @@ impl Sandbox {
             nics,
             console: config.console.clone(),
             log: config.log.clone(),
+            cgroup: config.cgroup.clone(),
         });
         let silent = |limit: Duration| format!("no answer of its agent within {} s", limit.as_secs());
         let booted = tokio::time::timeout(BOOT_LIMIT, vm).await;
@@ -189,6 +193,14 @@ impl Sandbox {
     /// The processes that make up the VM.
     pub fn processes(&self) -> Vec<ProcessIdentity> {
         self.vm.processes()
+    }
+
+    /// The files that the guest sees.
+    ///
+    /// # Errors
+    /// [`VmmError::Start`] where the VM is gone.
+    pub fn files(&self) -> Result<Served, SandboxError> {
+        Ok(self.vm.files().map_err(VmmError::Start)?)
     }
 
     /// The way to the agent.

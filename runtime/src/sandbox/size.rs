@@ -17,6 +17,10 @@ const GUEST_OVERHEAD: u64 = 128 * MIB;
 const SMALLEST_STEP: u64 = 128 * MIB;
 /// Without a limit.
 const DEFAULT_MEMORY: u64 = 2048 * MIB;
+/// Of a CPU quota, in microseconds.
+const DEFAULT_PERIOD: u64 = 100_000;
+/// How the annotations begin by which containerd's CRI tells what the containers of a pod are going to ask for.
+const POD_RESOURCES: &str = "io.kubernetes.cri.sandbox-";
 /// More make a start slower, and few containers faster.
 const MAX_VCPUS: u32 = 8;
 
@@ -33,6 +37,18 @@ impl Size {
     /// The size for a container.
     pub fn of(spec: &Spec) -> Self {
         Self::on(spec, host_processors(), host_memory())
+    }
+
+    /// The size for the pod of this sandbox container: what Kubernetes says of all its containers together, in containerd's
+    /// annotations. Where it says nothing, as much as a container without limits has.
+    pub fn of_pod(sandbox: &Spec) -> Self {
+        let annotation = |name: &str| sandbox.annotations().as_ref()?.get(&format!("{POD_RESOURCES}{name}"));
+        let number = |name| annotation(name)?.parse::<u64>().ok().filter(|&number| number > 0);
+        let vcpus = number("cpu-quota").and_then(|quota| {
+            let period = number("cpu-period").unwrap_or(DEFAULT_PERIOD);
+            u32::try_from(quota.div_ceil(period)).ok()
+        });
+        Self::for_limits(vcpus, number("memory"))
     }
 
     /// The size for containers with these limits: processors, and bytes of memory.
@@ -57,7 +73,7 @@ impl Size {
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());
         let quota = cpu.and_then(|cpu| {
             let quota = u64::try_from(cpu.quota()?).ok().filter(|&quota| quota > 0)?;
-            let period = cpu.period().filter(|&period| period > 0).unwrap_or(100_000);
+            let period = cpu.period().filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
             u32::try_from(quota.div_ceil(period)).ok()
         });
         let set = cpu.and_then(|cpu| count_cpus(cpu.cpus().as_deref()?));
@@ -135,5 +151,17 @@ mod tests {
         assert_eq!(size(r#"{"memory":{"limit":3221225472}}"#).memory, 3328 * MIB);
         assert_eq!(size(r#"{"memory":{"limit":-1}}"#).memory, 2 << 30);
         assert_eq!(size(r#"{"memory":{"limit":9000000000000000000}}"#).memory, 18 << 30);
+    }
+
+    #[test]
+    fn a_pod_is_as_large_as_its_containers_together() {
+        let pod = |annotations: &str| {
+            let text = format!(r#"{{"ociVersion":"1.0.2","annotations":{{{annotations}}}}}"#);
+            Size::of_pod(&serde_json::from_str(&text).unwrap())
+        };
+        let limits = r#""io.kubernetes.cri.sandbox-memory":"134217728","io.kubernetes.cri.sandbox-cpu-quota":"50000""#;
+        assert_eq!(pod(limits), Size { vcpus: 1, memory: 256 << 20 });
+        let none = r#""io.kubernetes.cri.sandbox-memory":"0","io.kubernetes.cri.sandbox-cpu-quota":"x""#;
+        assert_eq!(pod(none), pod(""));
     }
 }

@@ -10,8 +10,10 @@
 
 pub(crate) mod confine;
 mod control;
+mod fresh;
 mod log;
 mod serve;
+mod served;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -22,7 +24,10 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 
+pub use fresh::{FRESH, Fresh};
+pub use serve::Files;
 pub(crate) use serve::enter;
+pub use served::Served;
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};

@@ -17,7 +17,7 @@ use virtiofsd::vhost_user::{VhostUserFsBackend, VhostUserFsBackendBuilder};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::tree::step;
-use super::{Export, SetupError, confine, control, log, tree};
+use super::{Export, Fresh, SetupError, confine, control, log, tree};
 
 /// How long the guest may believe what it knows of names and attributes: as long as a change on the host takes to
 /// be seen. File contents are kept (hence the policy "always") until the time of the last change or the size that is
@@ -44,7 +44,10 @@ const ATTRIBUTES: &str = ":prefix:all:trusted.:user.virtiofs.: \
      :unsupported:all:security.:security.: \
      :ok:all:::";
 
-type Server = VhostUserDaemon<Arc<VhostUserFsBackend<PassthroughFs>>>;
+/// What is served.
+pub type Files = Fresh<PassthroughFs>;
+
+type Server = VhostUserDaemon<Arc<VhostUserFsBackend<Files>>>;
 
 /// Runs the daemon from its first moment to the VMM's last. What goes wrong is told to the parent.
 pub(super) fn run() -> Result<(), SetupError> {
@@ -74,12 +77,13 @@ fn prepare(control: &UnixStream) -> Result<(Server, OwnedFd), SetupError> {
 ///
 /// # Errors
 /// What could not be shared.
-pub(crate) fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
+pub(crate) fn enter(exports: &[Export]) -> Result<Files, SetupError> {
     log::init();
     let descriptor_limit = setup_rlimit_nofile(None).map_err(SetupError::Serve)?;
     let own_descriptors = tree::own_descriptors()?;
     tree::enter(exports)?;
-    PassthroughFs::new(config(own_descriptors, descriptor_limit)?).map_err(step("open the share"))
+    let files = PassthroughFs::new(config(own_descriptors, descriptor_limit)?).map_err(step("open the share"))?;
+    Ok(Fresh::over(files))
 }
 
 /// A listener, and its one client waiting. The name is in this process's own network namespace: nobody else can
@@ -112,7 +116,7 @@ fn config(own_descriptors: OwnedFd, descriptor_limit: u64) -> Result<Config, Set
     })
 }
 
-fn start(file_system: PassthroughFs, listener: UnixListener) -> Result<Server, SetupError> {
+fn start(file_system: Files, listener: UnixListener) -> Result<Server, SetupError> {
     let fail = |error: &dyn std::fmt::Display| SetupError::Serve(error.to_string());
     let backend = VhostUserFsBackendBuilder::default()
         .set_thread_pool_size(THREADS)

@@ -93,6 +93,70 @@ fn what_is_read_only_stays_as_it_is() {
 }
 
 #[test]
+fn what_only_the_host_changes_is_asked_for_anew() {
+    let host = TempDir::new().unwrap();
+    fs::create_dir(host.path().join("sub")).unwrap();
+    fs::write(host.path().join("sub/file"), "one").unwrap();
+    let volume = Path::new(FRESH).join("box/0");
+    let exports = [export("rootfs/box", host.path()), export(volume.to_str().unwrap(), host.path())];
+    let (_daemon, mut guest) = boot(&exports);
+    for (path, trust) in [
+        ("rootfs", 1),
+        ("rootfs/box/sub/file", 1),
+        ("fresh", 0),
+        ("fresh/box/0", 0),
+        ("fresh/box/0/sub/file", 0),
+        // A name and no more.
+        ("rootfs/box/fresh", 1),
+    ] {
+        if path.ends_with("box/fresh") {
+            fs::create_dir(host.path().join("fresh")).unwrap();
+        }
+        assert_eq!(guest.find(path).unwrap().trust, [trust, trust], "{path}");
+    }
+    assert_eq!(guest.cat("fresh/box/0/sub/file").unwrap(), "one");
+    let directory = guest.find("fresh/box/0/sub").unwrap();
+    guest.create(directory.node, "new").unwrap();
+    assert!(host.path().join("sub/new").exists());
+    guest.request(UNLINK, directory.node, &c_string("new")).unwrap();
+    assert!(!host.path().join("sub/new").exists());
+}
+
+#[test]
+fn exports_come_and_go_while_the_share_is_served() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let host = TempDir::new().unwrap();
+    fs::write(host.path().join("file"), "here").unwrap();
+    let (daemon, mut guest) = boot(&[export("rootfs/1", host.path())]);
+    // Only here the daemon is not its process's first thread, which has stayed on the host: there nothing is ever mounted.
+    let stranger = Served::by(daemon.pidfd().try_clone_to_owned().unwrap());
+    assert!(runtime.block_on(stranger.add(vec![export("rootfs/2", host.path())])).is_err());
+    let namespace = serving_thread(&daemon).join("ns/mnt");
+    let share = Served::by(fs::File::open(namespace).unwrap().into());
+    let file = export("mounts/2/0", &host.path().join("file"));
+    runtime.block_on(share.add(vec![export("rootfs/2", host.path()), file.clone()])).unwrap();
+    assert_eq!(guest.cat("rootfs/2/file").unwrap(), "here");
+    assert_eq!(guest.cat("mounts/2/0").unwrap(), "here");
+    let root = guest.find("rootfs").unwrap();
+    assert_eq!(guest.create(root.node, "new"), Err(libc::EROFS));
+
+    // All or none, and nothing in place of what is there.
+    let missing = export("rootfs/3", Path::new("/no/such"));
+    let refused = runtime.block_on(share.add(vec![export("mounts/3", host.path()), missing])).unwrap_err();
+    assert!(refused.to_string().contains("/no/such"), "{refused}");
+    assert_eq!(guest.find("mounts/3"), Err(libc::ENOENT));
+    assert!(matches!(runtime.block_on(share.add(vec![file])), Err(SetupError::Place { .. })));
+    assert_eq!(guest.cat("mounts/2/0").unwrap(), "here");
+
+    runtime.block_on(share.remove(vec!["rootfs/2".into(), "mounts/2/0".into(), "mounts/none".into()])).unwrap();
+    assert_eq!(guest.find("rootfs/2"), Err(libc::ENOENT));
+    assert_eq!(guest.find("mounts"), Err(libc::ENOENT));
+    assert_eq!(guest.cat("rootfs/1/file").unwrap(), "here");
+    let mounts = fs::read_to_string(serving_thread(&daemon).join("mountinfo")).unwrap();
+    assert!(!mounts.contains("rootfs/2") && mounts.contains("rootfs/1"), "{mounts}");
+}
+
+#[test]
 fn no_name_leads_out_of_the_share() {
     let host = TempDir::new().unwrap();
     let (inside, outside) = (host.path().join("inside"), host.path().join("outside"));

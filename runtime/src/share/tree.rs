@@ -27,7 +27,7 @@ const INERT: u64 =
 const STAGE: &str = "/proc";
 
 /// An export, cut loose from where it came from.
-struct Source {
+pub(super) struct Source {
     mount: OwnedFd,
     directory: bool,
 }
@@ -40,7 +40,8 @@ pub(super) fn enter(exports: &[Export]) -> Result<(), SetupError> {
     for (export, source) in exports.iter().zip(&sources) {
         attach(&root, export, source)?;
     }
-    restrict(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false).map_err(step("make the share's root read-only"))?;
+    let read_only = Change { set: libc::MOUNT_ATTR_RDONLY, ..Change::default() };
+    read_only.apply(root.as_fd(), false).map_err(step("make the share's root read-only"))?;
     switch_to(&root)
 }
 
@@ -65,7 +66,8 @@ fn leave_host() -> Result<(), SetupError> {
         .map_err(step("detach the mount namespace from the host's"))
 }
 
-fn open(export: &Export) -> Result<Source, SetupError> {
+/// Cuts an export loose from where it is. What is mounted there on the host still arrives, and nothing goes back.
+pub(super) fn open(export: &Export) -> Result<Source, SetupError> {
     let fail = |errno: io::Error| SetupError::Source {
         source_path: export.source.clone(),
         errno: errno.raw_os_error().unwrap_or(libc::EIO),
@@ -74,7 +76,8 @@ fn open(export: &Export) -> Result<Source, SetupError> {
     flags.set(OpenTreeFlags::AT_RECURSIVE, export.recursive);
     let mount = rustix::mount::open_tree(CWD, &export.source, flags).map_err(|errno| fail(errno.into()))?;
     let attributes = if export.read_only { INERT | libc::MOUNT_ATTR_RDONLY } else { INERT };
-    restrict(mount.as_fd(), attributes, true).map_err(fail)?;
+    let change = Change { set: attributes, propagation: libc::MS_SLAVE, ..Change::default() };
+    change.apply(mount.as_fd(), true).map_err(fail)?;
     let status = rustix::fs::fstat(&mount).map_err(|errno| fail(errno.into()))?;
     Ok(Source { mount, directory: FileType::from_raw_mode(status.st_mode).is_dir() })
 }
@@ -96,13 +99,21 @@ fn skeleton(exports: &[Export], sources: &[Source]) -> Result<OwnedFd, SetupErro
     };
     let root = make().map_err(step("make the share's root"))?;
     for (export, source) in exports.iter().zip(sources) {
-        let refused = || SetupError::Place { path: export.path.clone() };
-        if !is_plain(&export.path) || !places.insert(export.path.as_path()) {
-            return Err(refused());
+        if !places.insert(export.path.as_path()) {
+            return Err(SetupError::Place { path: export.path.clone() });
         }
-        place(&root, &export.path, source.directory).map_err(|_| refused())?;
+        make_place(&root, export, source)?;
     }
     Ok(root)
+}
+
+/// Makes what an export is mounted on, in a tmpfs that may be written to.
+pub(super) fn make_place(root: &OwnedFd, export: &Export, source: &Source) -> Result<(), SetupError> {
+    let refused = || SetupError::Place { path: export.path.clone() };
+    if !is_plain(&export.path) {
+        return Err(refused());
+    }
+    place(root, &export.path, source.directory).map_err(|_| refused())
 }
 
 fn is_plain(path: &Path) -> bool {
@@ -125,7 +136,8 @@ fn place(root: &OwnedFd, path: &Path, directory: bool) -> rustix::io::Result<()>
     Ok(())
 }
 
-fn attach(root: &OwnedFd, export: &Export, source: &Source) -> Result<(), SetupError> {
+/// Mounts an export on its place.
+pub(super) fn attach(root: &OwnedFd, export: &Export, source: &Source) -> Result<(), SetupError> {
     // Within another export this would be the guest's own directory: it is not ours to walk.
     let place = rustix::fs::openat2(
         root,
@@ -151,23 +163,35 @@ fn switch_to(root: &OwnedFd) -> Result<(), SetupError> {
     switch().map_err(step("change to the share's root"))
 }
 
-/// Adds attributes to a mount; those that it has, it keeps.
-fn restrict(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
-    let attributes = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let mut flags = AtFlags::EMPTY_PATH.bits();
-    if recursive {
-        flags |= libc::AT_RECURSIVE.cast_unsigned();
+/// A change of a mount's attributes; those that it does not name stay.
+#[derive(Default)]
+pub(super) struct Change {
+    pub(super) set: u64,
+    pub(super) clear: u64,
+    /// As in mount(2); zero leaves it.
+    pub(super) propagation: u64,
+}
+
+impl Change {
+    /// Makes it, also to the mounts below where it is `recursive`.
+    pub(super) fn apply(&self, mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+        let attributes =
+            libc::mount_attr { attr_set: self.set, attr_clr: self.clear, propagation: self.propagation, userns_fd: 0 };
+        let mut flags = AtFlags::EMPTY_PATH.bits();
+        if recursive {
+            flags |= libc::AT_RECURSIVE.cast_unsigned();
+        }
+        // SAFETY: the path is a C string and the attributes are of the size that is given.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                mount.as_raw_fd(),
+                c"".as_ptr(),
+                flags,
+                &raw const attributes,
+                size_of::<libc::mount_attr>(),
+            )
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
-    // SAFETY: the path is a C string and the attributes are of the size that is given.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            flags,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

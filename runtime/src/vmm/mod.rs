@@ -14,6 +14,7 @@ mod qemu;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,9 +24,10 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest};
 use tokio::process::Child;
 
+use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::process::ProcessIdentity;
 use crate::log;
-use crate::share::{self, Export, ShareError};
+use crate::share::{self, Export, Served, ShareError};
 use crate::template::TemplateError;
 pub use builtin::Builtin;
 pub use configuration::{Configuration, ConfigurationError};
@@ -50,6 +52,15 @@ pub struct Machine {
     pub console: Option<PathBuf>,
     /// Where the VM's processes log.
     pub log: log::Options,
+    /// The cgroup that the VM's processes are born in, where that is not this process's own.
+    pub cgroup: Option<Arc<Cgroup>>,
+}
+
+impl Machine {
+    /// Has a process of the VM be born where it belongs. To be called before the command's descriptors are arranged.
+    fn settle(&self, command: &mut Command) -> Result<(), VmmError> {
+        Ok(self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.adopt(command))?)
+    }
 }
 
 /// A network device over a tap of the host.
@@ -93,6 +104,9 @@ pub enum VmmError {
     /// Templates are the built-in VMM's.
     #[error("only machines of the built-in VMM, which needs KVM, have templates")]
     NoTemplates,
+    /// Its processes have no place.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// The VMM cannot be started.
     #[error("cannot start the VMM")]
     Start(#[source] io::Error),
@@ -135,6 +149,18 @@ impl Vm {
     pub fn processes(&self) -> Vec<ProcessIdentity> {
         let share = self.share.as_ref().and_then(|share| ProcessIdentity::of(share.pid()));
         std::iter::once(self.identity).chain(share).collect()
+    }
+
+    /// The share that its guest sees.
+    ///
+    /// # Errors
+    /// Those of pidfd_open(2) and dup(2).
+    pub fn files(&self) -> io::Result<Served> {
+        let server = match &self.share {
+            Some(share) => share.pidfd().try_clone_to_owned()?,
+            None => self.identity.open()?,
+        };
+        Ok(Served::by(server))
     }
 
     /// Waits until it is no more; why, as a clause.

@@ -80,6 +80,7 @@ mod tests {
             nics: Vec::new(),
             console: None,
             log: log::Options::default(),
+            cgroup: None,
         };
         for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
             assert!(parameters.contains("loglevel=0") && !parameters.contains("console="), "{parameters}");

@@ -52,6 +52,8 @@ impl Vmm for Qemu {
         if !Self::installed() {
             return Err(VmmError::Program { program: PROGRAM, package: "qemu-system-x86" });
         }
+        let mut command = Command::new(PROGRAM);
+        machine.settle(command.as_std_mut())?;
         let mut share = spawn_share(&machine)?;
         let (ours, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
         let mut arguments = Arguments::default();
@@ -61,7 +63,6 @@ impl Vmm for Qemu {
         for nic in machine.nics {
             arguments.nic(nic.tap, nic.mac);
         }
-        let mut command = Command::new(PROGRAM);
         command.args(&arguments.list);
         command
             .as_std_mut()
@@ -98,6 +99,7 @@ impl Vmm for Qemu {
 
 fn spawn_share(machine: &Machine) -> Result<share::Daemon, VmmError> {
     let mut program = own_program();
+    machine.settle(&mut program)?;
     machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
     end_with_owner(&mut program);
     Ok(share::spawn(program, &machine.exports)?)

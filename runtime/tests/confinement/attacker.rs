@@ -8,13 +8,13 @@ use std::thread;
 use libtest_mimic::Failed;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
+use runvm::share::Files;
 use runvm::vmm::builtin::confinement::{confine, enter};
 use runvm_vmm::confinement::Role;
 use runvm_vmm::virtio::Kind;
 use rustix::mount::MountPropagationFlags;
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
-use virtiofsd::passthrough::PassthroughFs;
 
 use crate::attempts::{ATTEMPTS, WORK};
 use crate::ground::{Ground, Map};
@@ -110,7 +110,7 @@ fn attack(role: Option<Role>, map: Map, make: fn(&Map) -> io::Result<()>) -> i32
 
 /// Becomes what a VM's process is, with what serves the files, which has some of them open. Without a role only what
 /// succeeds is to leave no traces.
-fn prepare(role: Option<Role>, map: Map) -> io::Result<(Map, Option<PassthroughFs>)> {
+fn prepare(role: Option<Role>, map: Map) -> io::Result<(Map, Option<Files>)> {
     if role.is_some() {
         let file_system = enter(&map.exports()).map_err(io::Error::other)?;
         return Ok((map.inside(), Some(file_system)));

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::process::ExitCode;
 
+use runvm::share::{Files, Fresh};
 use runvm::vmm::builtin::confinement::enter;
 use runvm_vmm::virtio::fs::Fs;
 use runvm_vmm::virtio::fs::client::{Client, Opcode, ROOT};
@@ -27,7 +28,7 @@ pub type Answer = Result<Vec<u8>, i32>;
 
 /// The guest.
 pub struct Guest {
-    client: Client<Fs<PassthroughFs>>,
+    client: Client<Fs<Files>>,
     /// What is served.
     pub map: Map,
     breaches: Vec<String>,
@@ -64,7 +65,7 @@ fn try_all(how: &str, map: Map) -> io::Result<Vec<String>> {
 }
 
 /// Becomes what a VM's process is. Below one export something is mounted that is not exported.
-fn closed_files(map: &Map) -> io::Result<PassthroughFs> {
+fn closed_files(map: &Map) -> io::Result<Files> {
     // SAFETY: the table of descriptors is not among the flags.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
@@ -74,9 +75,9 @@ fn closed_files(map: &Map) -> io::Result<PassthroughFs> {
     enter(&map.exports()).map_err(io::Error::other)
 }
 
-fn open_files(map: &Map) -> io::Result<PassthroughFs> {
+fn open_files(map: &Map) -> io::Result<Files> {
     let root_dir = map.folder.display().to_string();
-    PassthroughFs::new(Config { root_dir, ..Config::default() })
+    Ok(Fresh::over(PassthroughFs::new(Config { root_dir, ..Config::default() })?))
 }
 
 impl Guest {

@@ -59,6 +59,8 @@ pub(super) struct Entry {
     pub(super) node: u64,
     pub(super) inode: u64,
     pub(super) mode: u32,
+    /// For how many seconds its name may be believed, and for how many its attributes.
+    pub(super) trust: [u64; 2],
 }
 
 /// An error number.
@@ -144,7 +146,7 @@ impl Guest {
 
     /// Looks a path up, name by name.
     pub(super) fn find(&mut self, path: &str) -> Result<Entry, Errno> {
-        let mut entry = Entry { node: ROOT, inode: 0, mode: 0 };
+        let mut entry = Entry { node: ROOT, inode: 0, mode: 0, trust: [0, 0] };
         for name in path.split('/') {
             entry = self.look_up(entry.node, name)?;
         }
@@ -156,7 +158,7 @@ impl Guest {
         let answer = self.request(LOOKUP, directory, &c_string(name))?;
         let number = |at: usize| u64::from_le_bytes(answer[at..at + 8].try_into().unwrap());
         let mode = u32::from_le_bytes(answer[100..104].try_into().unwrap());
-        Ok(Entry { node: number(0), inode: number(40), mode })
+        Ok(Entry { node: number(0), inode: number(40), mode, trust: [number(16), number(24)] })
     }
 
     /// A file's content.

@@ -9,16 +9,15 @@ use std::io;
 use nix::libc;
 use runvm_vmm::confinement::{Role, restrict};
 use runvm_vmm::virtio::Kind;
-use virtiofsd::passthrough::PassthroughFs;
 
-use crate::share::{self, Export, SetupError};
+use crate::share::{self, Export, Files, SetupError};
 
 /// Leaves the host for the tree of these exports, which is returned ready to be served. The process must have no other
 /// thread yet, and what it still needs of the host has to be open.
 ///
 /// # Errors
 /// What could not be shared, or not be given up.
-pub fn enter(exports: &[Export]) -> Result<PassthroughFs, SetupError> {
+pub fn enter(exports: &[Export]) -> Result<Files, SetupError> {
     keep_one_heap();
     // Kernels before 6.4 tell of the auxiliary vector in /proc alone, which is about to go.
     rustix::param::page_size();

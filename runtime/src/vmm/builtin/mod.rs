@@ -255,6 +255,7 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
 
 fn spawn(machine: &Machine, control: OwnedFd, descriptors: Vec<OwnedFd>) -> Result<(Child, ProcessIdentity), VmmError> {
     let mut program = own_program();
+    machine.settle(&mut program)?;
     machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
     let numbered = descriptors.into_iter().zip(description::FIRST_DESCRIPTOR..);
     let mappings = numbered.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
