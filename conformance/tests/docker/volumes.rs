@@ -11,6 +11,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
     vec![
         case!(a_folder_is_shared_both_ways).tcg(),
         case!(a_change_on_the_host_is_seen_inside),
+        case!(a_read_only_folder_shows_changes_at_once).tcg(),
         case!(a_file_is_shared_both_ways),
         case!(a_read_only_folder_cannot_be_written),
         case!(a_read_only_file_cannot_be_written),
@@ -57,6 +58,29 @@ fn a_change_on_the_host_is_seen_inside(d: &Docker) -> Result<Outcome> {
     let logs = container.docker("logs").ok()?;
     expect_equal("the log", logs.text(), "first\nsecond, and longer")?;
     Ok(Outcome::new().see("code", code).see_output("logs", &logs))
+}
+
+/// The way in which Kubernetes changes a configuration: the files are in a folder that a link leads to, and another link
+/// takes its place.
+fn a_read_only_folder_shows_changes_at_once(d: &Docker) -> Result<Outcome> {
+    let folder = d.folder()?;
+    let publish = |version: &str| -> Result<()> {
+        std::fs::create_dir(folder.join(version))?;
+        d.file(&format!("{version}/key"), version)?;
+        std::os::unix::fs::symlink(version, folder.join("next"))?;
+        Ok(std::fs::rename(folder.join("next"), folder.join("data"))?)
+    };
+    publish("v0")?;
+    std::os::unix::fs::symlink("data/key", folder.join("key"))?;
+    let container = d.start_sh(&format!("--interactive --volume {}:/config:ro", folder.display()), "cat")?;
+    let mut seen = vec![container.exec("", &["cat", "/config/key"]).ok()?.text().to_owned()];
+    for version in ["v1", "v2", "v3"] {
+        publish(version)?;
+        seen.push(container.exec("", &["cat", "/config/key"]).ok()?.text().to_owned());
+    }
+    let seen = seen.join(" ");
+    expect_equal("what was read", seen.as_str(), "v0 v1 v2 v3")?;
+    Ok(Outcome::new().see("read", seen))
 }
 
 fn a_file_is_shared_both_ways(d: &Docker) -> Result<Outcome> {
