@@ -122,8 +122,7 @@ struct Lines {
 impl<S: Subscriber> Layer<S> for Lines {
     fn enabled(&self, metadata: &tracing::Metadata<'_>, _: Context<'_, S>) -> bool {
         // Libraries speak of their own matters at debug level.
-        *metadata.level() <= self.threshold
-            && (metadata.target().starts_with("runvm") || *metadata.level() <= Level::WARN)
+        *metadata.level() <= self.threshold && (metadata.target().contains("runvm") || *metadata.level() <= Level::WARN)
     }
 
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {

@@ -21,13 +21,13 @@ use crate::bundle::GuestSpec;
 use crate::log;
 use crate::vmm::{ByteStream, Channel};
 
-pub use stdio::{Descriptors, Relay};
+pub use stdio::{Descriptors, Relay, RunningRelay, Sink, Source};
 pub use tunnel::{MonitorSocket, Tunnel};
 
 /// How long a guest may take for an answer, except to the question when a process ends.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How long a guest may take to tell the end of a process that it has killed.
-pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(10);
+pub const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// The longest sentence of a guest that is passed on, in bytes.
 const MAX_SENTENCE: usize = 4096;
 

@@ -5,8 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use runvm_protocol::agent as wire;
 use tokio::fs::File;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::{ANSWER_LIMIT, Agent, AgentError, Output};
 use crate::host::terminal::{self, Size};
@@ -15,13 +16,22 @@ use crate::vmm::ByteStream;
 /// How much is read and written at once, in bytes.
 const PIECE: usize = 128 * 1024;
 
-/// The host's side of a process's stdio.
-#[derive(Debug)]
+/// What a process's stdin is read from.
+pub type Source = Box<dyn AsyncRead + Send + Unpin>;
+/// What a process's output is written to.
+pub type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// The host's side of a process's stdio. Of what there is none of, the process has its `/dev/null`.
+#[derive(Default)]
 pub struct Descriptors {
-    stdin: Option<OwnedFd>,
-    stdout: Option<OwnedFd>,
-    stderr: Option<OwnedFd>,
-    size: Size,
+    /// Where it reads.
+    pub stdin: Option<Source>,
+    /// Where it writes; with a terminal, all that it does.
+    pub stdout: Option<Sink>,
+    /// Where it complains.
+    pub stderr: Option<Sink>,
+    /// That of its terminal.
+    pub size: Size,
 }
 
 impl Descriptors {
@@ -37,10 +47,10 @@ impl Descriptors {
             }
         };
         Ok(Self {
-            stdin: duplicate(&io::stdin())?,
-            stdout: duplicate(&io::stdout())?,
+            stdin: duplicate(&io::stdin())?.map(|descriptor| file(descriptor) as Source),
+            stdout: duplicate(&io::stdout())?.map(|descriptor| file(descriptor) as Sink),
             // A terminal has one output.
-            stderr: if terminal { None } else { duplicate(&io::stderr())? },
+            stderr: if terminal { None } else { duplicate(&io::stderr())?.map(|descriptor| file(descriptor) as Sink) },
             size: if terminal { terminal::size(io::stdin()) } else { Size::default() },
         })
     }
@@ -51,8 +61,8 @@ impl Descriptors {
     /// Those of dup(2).
     pub fn terminal(slave: &OwnedFd) -> io::Result<Self> {
         Ok(Self {
-            stdin: Some(slave.try_clone()?),
-            stdout: Some(slave.try_clone()?),
+            stdin: Some(file(slave.try_clone()?)),
+            stdout: Some(file(slave.try_clone()?)),
             stderr: None,
             size: terminal::size(slave),
         })
@@ -67,9 +77,9 @@ fn is_null(descriptor: impl AsFd) -> bool {
 
 /// The joined streams of one process.
 pub struct Relay {
-    stdin: Option<(File, ByteStream)>,
-    stdout: Option<(ByteStream, File)>,
-    stderr: Option<(ByteStream, File)>,
+    stdin: Option<(Source, ByteStream)>,
+    stdout: Option<(ByteStream, Sink)>,
+    stderr: Option<(ByteStream, Sink)>,
     /// As long as this is open, the guest's process has somebody to run for.
     lifeline: Option<ByteStream>,
 }
@@ -91,17 +101,17 @@ impl Relay {
             ..Default::default()
         };
         let mut relay = Self { stdin: None, stdout: None, stderr: None, lifeline: None };
-        if let Some(descriptor) = descriptors.stdin {
+        if let Some(source) = descriptors.stdin {
             named.stdin = format!("{key}/stdin");
-            relay.stdin = Some((file(descriptor), agent.open_stdio(&named.stdin).await?));
+            relay.stdin = Some((source, agent.open_stdio(&named.stdin).await?));
         }
-        if let Some(descriptor) = descriptors.stdout {
+        if let Some(sink) = descriptors.stdout {
             named.stdout = format!("{key}/stdout");
-            relay.stdout = Some((agent.open_stdio(&named.stdout).await?, file(descriptor)));
+            relay.stdout = Some((agent.open_stdio(&named.stdout).await?, sink));
         }
-        if let Some(descriptor) = descriptors.stderr {
+        if let Some(sink) = descriptors.stderr {
             named.stderr = format!("{key}/stderr");
-            relay.stderr = Some((agent.open_stdio(&named.stderr).await?, file(descriptor)));
+            relay.stderr = Some((agent.open_stdio(&named.stderr).await?, sink));
         }
         if lifeline {
             named.lifeline = format!("{key}/life");
@@ -112,35 +122,46 @@ impl Relay {
 
     /// Begins to move bytes.
     pub fn start(self) -> RunningRelay {
+        let mut carriers = JoinSet::new();
         if let Some((input, stream)) = self.stdin {
-            tokio::spawn(send(input, stream));
+            carriers.spawn(send(input, stream));
         }
-        let carry = |output: Option<(ByteStream, File)>| {
-            output.map(|(stream, file)| {
+        let mut carry = |output: Option<(ByteStream, Sink)>| {
+            output.map(|(stream, sink)| {
                 let (report, carried) = watch::channel(Carried::default());
-                tokio::spawn(receive(stream, file, report));
+                carriers.spawn(receive(stream, sink, report));
                 carried
             })
         };
-        RunningRelay { stdout: carry(self.stdout), stderr: carry(self.stderr), _lifeline: self.lifeline }
+        let (stdout, stderr) = (carry(self.stdout), carry(self.stderr));
+        RunningRelay { stdout, stderr, _carriers: carriers, _lifeline: self.lifeline }
     }
 }
 
-/// The moving streams of one process.
+/// The moving streams of one process. They rest once this is gone.
 pub struct RunningRelay {
     stdout: Option<watch::Receiver<Carried>>,
     stderr: Option<watch::Receiver<Carried>>,
+    _carriers: JoinSet<()>,
     _lifeline: Option<ByteStream>,
 }
 
 impl RunningRelay {
     /// Returns when that much output has been written, or all that there is, however slow its reader is. A guest that
     /// owes some is waited for as for any answer.
-    pub async fn drained(self, output: Output) {
-        for (carried, wanted) in [(self.stdout, output.stdout), (self.stderr, output.stderr)] {
+    pub async fn drained(&self, output: Output) {
+        for (carried, wanted) in [(&self.stdout, output.stdout), (&self.stderr, output.stderr)] {
             if let Some(carried) = carried {
-                drain(carried, wanted).await;
+                drain(carried.clone(), wanted).await;
             }
+        }
+    }
+
+    /// Returns when all who could write have closed their ends, which children of the process may do much later than it.
+    pub async fn closed(&self) {
+        for carried in [&self.stdout, &self.stderr].into_iter().flatten() {
+            // An error means the same: the carrier has ended.
+            let _ = carried.clone().wait_for(|carried| carried.ended).await;
         }
     }
 }
@@ -170,15 +191,15 @@ struct Carried {
     ended: bool,
 }
 
-fn file(descriptor: OwnedFd) -> File {
+fn file(descriptor: OwnedFd) -> Box<File> {
     // Any kind of file must do, and the descriptions are shared with other processes, so they stay blocking: the reads
     // and writes are made on threads of the runtime's pool.
     let mut file = File::from_std(descriptor.into());
     file.set_max_buf_size(PIECE);
-    file
+    Box::new(file)
 }
 
-async fn send(mut input: File, mut stream: ByteStream) {
+async fn send(mut input: Source, mut stream: ByteStream) {
     let mut piece = vec![0; PIECE];
     loop {
         match input.read(&mut piece).await {
@@ -196,7 +217,7 @@ async fn send(mut input: File, mut stream: ByteStream) {
     }
 }
 
-async fn receive(mut stream: ByteStream, mut output: File, report: watch::Sender<Carried>) {
+async fn receive(mut stream: ByteStream, mut output: Sink, report: watch::Sender<Carried>) {
     let mut piece = vec![0; PIECE];
     while let Ok(length @ 1..) = stream.read(&mut piece).await {
         report.send_modify(|carried| carried.writing = true);

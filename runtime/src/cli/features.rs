@@ -114,7 +114,8 @@ const MOUNT_OPTIONS: &[&str] = &[
     "unbindable",
 ];
 
-fn features() -> serde_json::Value {
+/// The features, as JSON.
+pub fn features() -> serde_json::Value {
     json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": OCI_VERSION,

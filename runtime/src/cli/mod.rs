@@ -22,6 +22,8 @@ use crate::vmm::builtin;
 use crate::{log, share};
 use args::{Cli, Verb};
 
+pub use features::features;
+
 /// What a usage error and a failed command exit with, as runc does.
 const FAILURE: u8 = 1;
 /// What a failed `exec` exits with: statuses below it may be the process's.

@@ -205,24 +205,39 @@ async fn begin(
     descriptors: Descriptors,
 ) -> Result<(Process, Relay)> {
     let agent: Agent = monitor::connect(container.dir()).await?;
-    let container_id = container.record.id.clone();
-    let exec_id = format!("exec-{}", std::process::id());
-    let key = format!("{exec_id}-{}", crate::log::monotonic_us());
-    let (relay, stdio) = Relay::open(&agent, &key, descriptors, true).await?;
+    let process_of_guest =
+        Process { agent, container_id: container.record.id.clone(), exec_id: format!("exec-{}", std::process::id()) };
+    let relay = start_process(&process_of_guest, process, cgroup, descriptors, true).await?;
+    Ok((process_of_guest, relay))
+}
+
+/// Has the guest start a further process, with the IDs in `place`; its joined streams. With a `lifeline` the process
+/// ends when they do.
+///
+/// # Errors
+/// [`Error::Agent`].
+pub async fn start_process(
+    place: &Process,
+    process: &OciProcess,
+    cgroup: &str,
+    descriptors: Descriptors,
+    lifeline: bool,
+) -> Result<Relay> {
+    // Not the ID, which may be longer than a key.
+    let key = format!("exec-{}-{}", std::process::id(), crate::log::monotonic_us());
+    let (relay, stdio) = Relay::open(&place.agent, &key, descriptors, lifeline).await?;
     let mut process = process.clone();
     process.set_apparmor_profile(None).set_selinux_label(None);
-    let process = to_json(&process)?;
-    agent
-        .exec_process(wire::ExecProcessRequest {
-            container_id: container_id.clone(),
-            exec_id: exec_id.clone(),
-            process,
-            stdio: Some(stdio).into(),
-            cgroup: cgroup.to_owned(),
-            ..Default::default()
-        })
-        .await?;
-    Ok((Process { agent, container_id, exec_id }, relay))
+    let request = wire::ExecProcessRequest {
+        container_id: place.container_id.clone(),
+        exec_id: place.exec_id.clone(),
+        process: to_json(&process)?,
+        stdio: Some(stdio).into(),
+        cgroup: cgroup.to_owned(),
+        ..Default::default()
+    };
+    place.agent.exec_process(request).await?;
+    Ok(relay)
 }
 
 /// What a proxy is handed.

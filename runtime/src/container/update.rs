@@ -26,6 +26,16 @@ pub fn update(globals: &Globals, id: &str, mut resources: LinuxResources) -> Res
     guest.ask(async |agent| Ok(agent.update_container(id, inside).await?))
 }
 
+/// The limits that a container in a guest of this size gets by an update. As with runc what is not named, or is 0, stays
+/// as it is.
+///
+/// # Errors
+/// [`Error::TooLarge`] for more memory than the VM has; [`Error::Usage`].
+pub fn limits_of_guest(mut resources: LinuxResources, size: Size) -> Result<LinuxResources> {
+    leave_out_what_stays(&mut resources);
+    inside(&resources, size)
+}
+
 fn leave_out_what_stays(resources: &mut LinuxResources) {
     resources.set_devices(None);
     if let Some(cpu) = resources.cpu_mut() {
