@@ -48,7 +48,7 @@ bench: build ## measure runc, crun, runsc and runvm side by side
 	@cargo run --release --locked --package conformance --bin bench
 
 .PHONY: build
-build: kernel agent runtime ## make everything and lay it out in target/dist
+build: kernel agent runtime shim ## make everything and lay it out in target/dist
 	@echo 'runvm is built: $(DIST)/bin/runvm'
 
 .PHONY: dependencies
@@ -67,6 +67,10 @@ agent: dependencies
 runtime: dependencies
 	@install -C -D -m 755 "$$(packaging/cargo-static.sh runvm)" $(DIST)/bin/runvm
 
+.PHONY: shim
+shim: dependencies
+	@install -C -D -m 755 "$$(packaging/cargo-static.sh containerd-shim-runvm-v2)" $(DIST)/bin/containerd-shim-runvm-v2
+
 .PHONY: install
 install: build ## copy it to PREFIX (/usr/local), below DESTDIR
 	@packaging/install.sh '$(DIST)' '$(DESTDIR)$(PREFIX)'
@@ -74,7 +78,7 @@ install: build ## copy it to PREFIX (/usr/local), below DESTDIR
 
 .PHONY: uninstall
 uninstall: ## remove what `make install` copied
-	rm -f '$(DESTDIR)$(PREFIX)/bin/runvm'
+	rm -f '$(DESTDIR)$(PREFIX)/bin/runvm' '$(DESTDIR)$(PREFIX)/bin/containerd-shim-runvm-v2'
 	rm -rf '$(DESTDIR)$(PREFIX)/lib/runvm'
 
 .PHONY: deb

@@ -6,7 +6,9 @@ set -euo pipefail
 
 readonly dist=$1 prefix=$2
 
-install -D -m 755 "$dist/bin/runvm" "$prefix/bin/runvm"
+for program in runvm containerd-shim-runvm-v2; do
+    install -D -m 755 "$dist/bin/$program" "$prefix/bin/$program"
+done
 for file in vmlinux vmlinux-pvm initramfs.cpio; do
     install -D -m 644 "$dist/lib/runvm/$file" "$prefix/lib/runvm/$file"
 done

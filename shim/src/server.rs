@@ -1,0 +1,111 @@
+//! The process that stands for a pod: it serves containerd until it is asked to end.
+
+use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use runvm::log;
+use rustix::process::setsid;
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::bootstrap::{Address, Flags};
+use crate::events::{Events, Way};
+use crate::options::{Environment, OptionsError};
+use crate::service;
+use crate::task::Tasks;
+
+/// The descriptor of the socket that `start` listens on.
+pub const LISTENER: RawFd = 3;
+/// containerd's fifo for the log, in the bundle.
+const LOG: &str = "log";
+
+/// Why a shim does not serve.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// The operating system refuses.
+    #[error("cannot {action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// What is asked of the VMs cannot be found out.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// ttrpc refuses.
+    #[error("cannot serve containerd")]
+    Serve(#[from] ttrpc::Error),
+}
+
+fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> ServerError {
+    move |source| ServerError::System { action, source: source.into() }
+}
+
+/// Serves to the end.
+pub fn serve(flags: &Flags) -> Result<(), ServerError> {
+    // Signals to containerd's process group are not the shim's.
+    setsid().map_err(failed("make a session"))?;
+    let log = log_options(flags).map_err(failed("find the bundle"))?;
+    log::init(&log).map_err(failed("open the log"))?;
+    let listener = inherited_listener().map_err(failed("take over the socket from start"))?;
+    let environment = Environment::read()?;
+    // One thread: a pod's network namespace is that of the process, and a VM ends with the thread that started it.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed("start the runtime"))?;
+    let served = runtime.block_on(run(flags, environment, log, listener));
+    runtime.shutdown_background();
+    if let Some(address) = Address::parse(&flags.socket)
+        && let Err(error) = address.remove()
+    {
+        tracing::warn!("the socket stays: {error}");
+    }
+    served
+}
+
+fn log_options(flags: &Flags) -> io::Result<log::Options> {
+    let bundle = std::env::current_dir()?;
+    Ok(log::Options { file: Some(bundle.join(LOG)), format: log::Format::Text, debug: flags.debug })
+}
+
+fn inherited_listener() -> io::Result<UnixListener> {
+    // SAFETY: the number is looked at by the system only, and an invalid one is its error to report.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(LISTENER) };
+    let flags = rustix::io::fcntl_getfd(borrowed)?;
+    rustix::io::fcntl_setfd(borrowed, flags | rustix::io::FdFlags::CLOEXEC)?;
+    // SAFETY: the descriptor is open, and this, at the process's begin, is its only owner.
+    let socket = unsafe { OwnedFd::from_raw_fd(LISTENER) };
+    Ok(socket.into())
+}
+
+async fn run(
+    flags: &Flags,
+    environment: Environment,
+    log: log::Options,
+    listener: UnixListener,
+) -> Result<(), ServerError> {
+    let (events, delivery) = Events::begin(&flags.namespace, Way::find(&flags.publish_binary, &flags.address));
+    let tasks = Arc::new(Tasks::new(&flags.namespace, environment, log, events));
+    listener.set_nonblocking(true).map_err(failed("listen"))?;
+    let listener = tokio::net::UnixListener::from_std(listener).map_err(failed("listen"))?;
+    let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::all(&tasks));
+    server.start().await?;
+    log::stage("shim serves");
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
+    tokio::select! {
+        () = tasks.over() => {}
+        _ = terminate.recv() => tracing::info!("told to end by SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("told to end by SIGINT"),
+    }
+    tasks.end().await;
+    // With the answers that are on their way; the services hold the tasks, and those the queue of events.
+    server.shutdown().await?;
+    drop((server, tasks));
+    delivery.finish().await;
+    Ok(())
+}

@@ -1,0 +1,248 @@
+//! A process's stdio as containerd names it: fifos, files, and programs that log.
+//!
+//! A fifo of output is held open for reading, too, so that nobody is waited for: its reader may come late, go, and come
+//! again, and what was written meanwhile is there. One of input is held open for writing until `CloseIO`, so that it does
+//! not end with the first client that leaves.
+
+mod logger;
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use percent_encoding::percent_decode_str;
+use runvm::agent::{Descriptors, Sink};
+use runvm::host::terminal::Size;
+use rustix::fs::OFlags;
+use thiserror::Error;
+use tokio::net::unix::pipe;
+
+use logger::Program;
+
+pub use logger::{Logger, LoggerError};
+
+/// What containerd names.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// Where the process reads; empty for nothing, as the others.
+    pub stdin: String,
+    /// Where it writes.
+    pub stdout: String,
+    /// Where it complains.
+    pub stderr: String,
+    /// Whether it has a terminal, whose bytes the first two carry.
+    pub terminal: bool,
+}
+
+/// The same, opened.
+#[derive(Default)]
+pub struct Opened {
+    /// The ends that the process is joined to.
+    pub descriptors: Descriptors,
+    /// What keeps stdin from ending.
+    pub stdin: Option<File>,
+    /// The program that takes the output.
+    pub logger: Option<Logger>,
+}
+
+/// Why a stdio cannot be used.
+#[derive(Debug, Error)]
+pub enum StdioError {
+    /// A file or a fifo.
+    #[error("cannot open {path}", path = .0.display())]
+    Open(PathBuf, #[source] io::Error),
+    /// A scheme that is not known.
+    #[error("the stdio {0} is not supported: give fifos, or a file:// or binary:// address")]
+    Scheme(String),
+    /// A program that logs.
+    #[error(transparent)]
+    Logger(#[from] LoggerError),
+}
+
+impl Stdio {
+    /// Opens all of it, for the container `id` in containerd's `namespace`.
+    ///
+    /// # Errors
+    /// [`StdioError`].
+    pub async fn open(&self, id: &str, namespace: &str, size: Size) -> Result<Opened, StdioError> {
+        let mut opened = Opened::default();
+        opened.descriptors.size = size;
+        if !self.stdin.is_empty() {
+            let path = Path::new(&self.stdin);
+            let input = pipe::OpenOptions::new().open_receiver(path);
+            opened.descriptors.stdin = Some(Box::new(input.map_err(open_error(path))?));
+            opened.stdin = Some(hold_for_writing(path).map_err(open_error(path))?);
+        }
+        let stderr = if self.terminal { "" } else { self.stderr.as_str() };
+        match Output::parse(&self.stdout)? {
+            // It takes both.
+            Output::Program(program) => {
+                let (logger, stdout, stderr) = program.start(id, namespace, self.terminal).await?;
+                opened.descriptors.stdout = Some(stdout);
+                opened.descriptors.stderr = stderr;
+                opened.logger = Some(logger);
+            }
+            Output::File(path) => {
+                opened.descriptors.stdout = Some(append(&path, true)?);
+                opened.descriptors.stderr = (!self.terminal).then(|| append(&path, true)).transpose()?;
+            }
+            stdout => {
+                opened.descriptors.stdout = stdout.open()?;
+                opened.descriptors.stderr = Output::parse(stderr)?.open()?;
+            }
+        }
+        Ok(opened)
+    }
+}
+
+/// Where output goes.
+#[derive(Debug, PartialEq, Eq)]
+enum Output {
+    Nowhere,
+    /// A fifo, or a file that is there.
+    Path(PathBuf),
+    /// A file, that is made where it is not there.
+    File(PathBuf),
+    Program(Program),
+}
+
+impl Output {
+    fn parse(text: &str) -> Result<Self, StdioError> {
+        if text.is_empty() {
+            return Ok(Self::Nowhere);
+        }
+        let (scheme, rest) = text.split_once("://").unwrap_or(("fifo", text));
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let decoded = || PathBuf::from(decode(path));
+        match scheme {
+            "fifo" if rest == text => Ok(Self::Path(text.into())),
+            "fifo" => Ok(Self::Path(decoded())),
+            "file" => Ok(Self::File(decoded())),
+            "binary" => Ok(Self::Program(Program { path: decoded(), arguments: arguments(query) })),
+            _ => Err(StdioError::Scheme(text.to_owned())),
+        }
+    }
+
+    fn open(&self) -> Result<Option<Sink>, StdioError> {
+        match self {
+            Self::Path(path) if is_fifo(path) => {
+                let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path);
+                Ok(Some(Box::new(fifo.map_err(open_error(path))?)))
+            }
+            Self::Path(path) => append(path, false).map(Some),
+            Self::File(path) => append(path, true).map(Some),
+            Self::Nowhere | Self::Program(_) => Ok(None),
+        }
+    }
+}
+
+fn decode(text: &str) -> String {
+    percent_decode_str(text).decode_utf8_lossy().into_owned()
+}
+
+/// The query's names and values, one after another: a program's arguments.
+fn arguments(query: &str) -> Vec<String> {
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    let words = pairs.flat_map(|pair| match pair.split_once('=') {
+        Some((name, value)) => vec![name, value],
+        None => vec![pair],
+    });
+    words.filter(|word| !word.is_empty()).map(|word| decode(&word.replace('+', " "))).collect()
+}
+
+fn is_fifo(path: &Path) -> bool {
+    path.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo())
+}
+
+/// It does not wait for a reader, as there is one already.
+fn hold_for_writing(fifo: &Path) -> io::Result<File> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
+    OpenOptions::new().write(true).custom_flags(flags).open(fifo)
+}
+
+fn append(path: &Path, make: bool) -> Result<Sink, StdioError> {
+    if make && let Some(folder) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(folder).map_err(open_error(folder))?;
+    }
+    let file = OpenOptions::new().append(true).create(make).mode(0o644).open(path).map_err(open_error(path))?;
+    Ok(Box::new(tokio::fs::File::from_std(file)))
+}
+
+fn open_error(path: &Path) -> impl FnOnce(io::Error) -> StdioError {
+    let path = path.to_owned();
+    move |error| StdioError::Open(path, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    #[test]
+    fn addresses_are_told_apart() {
+        let parse = |text: &str| Output::parse(text).unwrap();
+        assert_eq!(parse(""), Output::Nowhere);
+        assert_eq!(parse("/run/x%20"), Output::Path("/run/x%20".into()));
+        assert_eq!(parse("fifo:///run/x"), Output::Path("/run/x".into()));
+        assert_eq!(parse("file:///var/log/a%20b"), Output::File("/var/log/a b".into()));
+        let program = Program { path: "/bin/l".into(), arguments: vec!["k".into(), "v w".into(), "x".into()] };
+        assert_eq!(parse("binary:///bin/l?k=v+w&x="), Output::Program(program));
+        assert!(Output::parse("streaming+unix:///x?streaming_id=y").unwrap_err().to_string().contains("not supported"));
+    }
+
+    fn fifo(folder: &Path, name: &str) -> String {
+        let path = folder.join(name);
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    #[tokio::test]
+    async fn a_reader_of_a_fifo_may_come_late_and_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let stdio = Stdio { stdout: fifo(folder.path(), "out"), ..Stdio::default() };
+        let mut opened = stdio.open("a", "n", Size::default()).await.unwrap();
+        let out = opened.descriptors.stdout.as_mut().unwrap();
+        out.write_all(b"early").await.unwrap();
+        let read = |expected: &'static [u8]| {
+            let mut reader = File::open(&stdio.stdout).unwrap();
+            let mut bytes = vec![0; expected.len()];
+            reader.read_exact(&mut bytes).unwrap();
+            assert_eq!(bytes, expected);
+        };
+        read(b"early");
+        out.write_all(b"late").await.unwrap();
+        read(b"late");
+    }
+
+    #[tokio::test]
+    async fn input_ends_when_it_is_closed_and_not_when_a_client_leaves() {
+        let folder = tempfile::tempdir().unwrap();
+        let stdio = Stdio { stdin: fifo(folder.path(), "in"), ..Stdio::default() };
+        let mut opened = stdio.open("a", "n", Size::default()).await.unwrap();
+        let mut input = opened.descriptors.stdin.take().unwrap();
+        let mut bytes = [0; 4];
+        for text in [b"once", b"more"] {
+            OpenOptions::new().write(true).open(&stdio.stdin).unwrap().write_all(text).unwrap();
+            input.read_exact(&mut bytes).await.unwrap();
+            assert_eq!(&bytes, text);
+        }
+        drop(opened.stdin.take());
+        assert_eq!(input.read(&mut bytes).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_file_gets_both_outputs() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/log");
+        let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
+        let descriptors = stdio.open("a", "n", Size::default()).await.unwrap().descriptors;
+        for mut sink in [descriptors.stdout.unwrap(), descriptors.stderr.unwrap()] {
+            sink.write_all(b"x\n").await.unwrap();
+            sink.flush().await.unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap(), "x\nx\n");
+    }
+}
