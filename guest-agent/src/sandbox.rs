@@ -1,12 +1,15 @@
 //! What the host says of the guest as a whole.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use runvm_protocol::agent;
+use libcontainer::oci_spec::runtime::{Root, Spec};
+use runvm_protocol::{SHARE_MOUNT_POINT, SHARED_MEMORY, agent};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::time::{ClockId, Timespec};
@@ -38,6 +41,35 @@ pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Resul
     }
     log::stage("share mounted");
     Ok(())
+}
+
+/// Makes the memory that containers share, unless it is there.
+pub(crate) fn share_memory(bytes: u64) -> Result<(), RequestError> {
+    let place = Path::new(SHARED_MEMORY);
+    match std::fs::create_dir(place) {
+        Ok(()) => {
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            let options = CString::new(format!("mode=1777,size={bytes}")).map_err(io::Error::other);
+            options
+                .and_then(|options| Ok(mount("shm", place, "tmpfs", flags, Some(options.as_c_str()))?))
+                .inspect_err(|_| drop(std::fs::remove_dir(place)))
+                .map_err(RequestError::system("mount the shared memory"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(RequestError::system("make a place for the shared memory")(error)),
+    }
+}
+
+/// Looks at the container's files in the share. Each of its exports is a file system that the kernel mounts where it is
+/// first seen: were that in the mount namespace of a container, the next one would have it once more, with a cache of
+/// its own, and see late what others write.
+pub(crate) fn see_files(spec: &Spec) {
+    let root = spec.root().as_ref().map(Root::path);
+    let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().as_ref());
+    for path in root.into_iter().chain(sources).filter(|path| path.starts_with(SHARE_MOUNT_POINT)) {
+        // What is not there is told by the mount that needs it.
+        let _ = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::TYPE);
+    }
 }
 
 /// Lets go of what is mounted at these places of the share, and with it of all that the kernel keeps of its files.

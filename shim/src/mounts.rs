@@ -298,7 +298,7 @@ mod tests {
             options: vec!["rbind".into(), "ro".into()],
             ..Default::default()
         };
-        mount_all(&[bind.clone()], &root).unwrap();
+        mount_all(std::slice::from_ref(&bind), &root).unwrap();
         assert!(std::fs::read(root.join("f")).is_ok());
         assert!(std::fs::write(root.join("g"), "x").is_err());
         let bad = Mount { type_: "no-such-fs".into(), ..Default::default() };

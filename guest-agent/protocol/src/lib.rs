@@ -33,6 +33,9 @@ pub const VSOCK_PORT: u32 = 1023;
 /// The virtio-fs tag of the share.
 pub const SHARE_TAG: &str = "runvm";
 
-/// Where the guest mounts the share. Container `ID` finds its root at `ID/rootfs` below it, its volumes at
-/// `ID/mounts/N`.
+/// Where the guest mounts the share. Container `ID` finds its root at `rootfs/ID` below it, its volumes at
+/// `mounts/ID/N` and `fresh/ID/N`.
 pub const SHARE_MOUNT_POINT: &str = "/run/runvm/share";
+
+/// Where the guest has the memory that its containers share by names: the `/dev/shm` of a pod.
+pub const SHARED_MEMORY: &str = "/run/runvm/shm";

@@ -35,10 +35,10 @@ use self::exec::{Door, Visitor};
 use self::process::Stdio;
 use self::spec::GuestSpec;
 use crate::error::RequestError;
-use crate::log;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Attached, HeldStreams, Pipes, Streams, Terminal, hang_up, window};
 use crate::sync::lock;
+use crate::{log, sandbox};
 
 /// With so many processes known, those that have ended are forgotten: a container may be checked by one every few
 /// seconds for as long as it runs.
@@ -114,6 +114,10 @@ impl Containers {
         let cgroup = Cgroup::of(id);
         let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
         let company = self.company(request)?;
+        if request.shared_memory > 0 {
+            sandbox::share_memory(request.shared_memory)?;
+        }
+        sandbox::see_files(&spec);
         let streams = Streams::take(&self.held, &request.stdio).await?;
         // The guest's network is the container's.
         sysctl::set(&net_sysctls).map_err(RequestError::Program)?;

@@ -182,6 +182,7 @@ impl Agent {
             stdio: Some(stdio).into(),
             shared_namespaces: guest.shared_namespaces.iter().map(ToString::to_string).collect(),
             sandbox_id: sandbox.unwrap_or_default().to_owned(),
+            shared_memory: guest.shared_memory.unwrap_or_default(),
             ..Default::default()
         };
         ask("CreateContainer", self.client.create_container(unlimited(), &request)).await?;

@@ -4,10 +4,13 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, Spec};
-use runvm_protocol::SHARE_MOUNT_POINT;
+use runvm_protocol::{SHARE_MOUNT_POINT, SHARED_MEMORY};
 
 use super::{Bundle, BundleError, namespaces, unsupported};
 use crate::share::{Export, FRESH};
+
+/// See statfs(2).
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
 /// The guest's part of a bundle.
 #[derive(Clone, Debug)]
@@ -18,6 +21,8 @@ pub struct GuestSpec {
     pub exports: Vec<Export>,
     /// The namespaces that it shares with other containers of the guest. The specification's have no path.
     pub shared_namespaces: Vec<LinuxNamespaceType>,
+    /// The size of the memory that it shares with them by names, in bytes, where it has a mount of it.
+    pub shared_memory: Option<u64>,
 }
 
 impl GuestSpec {
@@ -47,24 +52,31 @@ pub fn split(bundle: &Bundle, place: &str) -> Result<GuestSpec, BundleError> {
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_path(&exports[0].path));
     }
+    let mut shared_memory = None;
     for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let Some(recursive) = bind(mount) else { continue };
         let source = source(bundle, index, mount)?;
+        if let Some(size) = memory_behind(mount, &source) {
+            // Memory of the host's would be slower, and nobody there looks at it.
+            shared_memory = Some(size);
+            mount.set_source(Some(SHARED_MEMORY.into()));
+            continue;
+        }
         if of_the_kernel(&source) {
             // The guest has a kernel of its own, so these mean the guest's.
             mount.set_source(Some(source));
             continue;
         }
         let read_only = has_option(mount, &["ro", "rro"]);
-        // What the guest cannot change only the host does.
-        let kind = if read_only { FRESH } else { "mounts" };
+        // What the guest cannot change only the host does; and of a single file there is little to ask.
+        let kind = if read_only || !source.is_dir() { FRESH } else { "mounts" };
         let path = Path::new(kind).join(place).join(index.to_string());
         let export = Export { path, source, read_only, recursive };
         mount.set_source(Some(guest_path(&export.path)));
         exports.push(export);
     }
     take_out_host_matters(&mut spec);
-    Ok(GuestSpec { spec, exports, shared_namespaces: namespaces::shared(&bundle.spec) })
+    Ok(GuestSpec { spec, exports, shared_namespaces: namespaces::shared(&bundle.spec), shared_memory })
 }
 
 /// Whether the guest may not change the root file system.
@@ -86,6 +98,16 @@ pub(super) fn bind(mount: &Mount) -> Option<bool> {
     let recursive = has_option(mount, &["rbind"]);
     let bind = recursive || has_option(mount, &["bind"]) || mount.typ().as_deref() == Some("bind");
     bind.then_some(recursive)
+}
+
+/// The size of the tmpfs that a container is to have as its `/dev/shm`: engines make one for those that share it.
+fn memory_behind(mount: &Mount, source: &Path) -> Option<u64> {
+    if mount.destination() != Path::new("/dev/shm") {
+        return None;
+    }
+    let file_system = rustix::fs::statfs(source).ok().filter(|file_system| file_system.f_type == TMPFS_MAGIC)?;
+    let (blocks, size) = (file_system.f_blocks, u64::try_from(file_system.f_bsize).ok()?);
+    blocks.checked_mul(size).filter(|&bytes| bytes > 0)
 }
 
 fn source(bundle: &Bundle, index: usize, mount: &Mount) -> Result<PathBuf, BundleError> {
@@ -213,5 +235,20 @@ mod tests {
         let cpu = resources.cpu().as_ref().unwrap();
         assert_eq!((cpu.cpus(), cpu.mems(), cpu.shares()), (&None, &None, Some(5)));
         assert_eq!(resources.block_io(), &None);
+    }
+
+    #[test]
+    fn memory_to_share_is_the_guests() {
+        let bind = |destination: &str, source: &Path| {
+            format!(r#"{{"destination":"{destination}","type":"bind","source":"{}"}}"#, source.display())
+        };
+        // A tmpfs there is on any host, and a directory that is none.
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let mounts = [bind("/dev/shm", Path::new("/usr")), bind("/other", Path::new("/usr"))].join(",");
+        let guest = split_spec(&format!(r#"{{"ociVersion":"1.0.2","mounts":[{mounts}]}}"#)).unwrap();
+        assert_eq!((guest.shared_memory, guest.exports.len()), (None, 3));
+        let mount = serde_json::from_str::<Mount>(&bind("/dev/shm", memory.path())).unwrap();
+        assert!(memory_behind(&mount, memory.path()).is_some_and(|bytes| bytes >= 1 << 20));
+        assert_eq!(memory_behind(&mount, Path::new("/usr")), None);
     }
 }

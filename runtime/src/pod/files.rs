@@ -152,7 +152,12 @@ mod tests {
         }
         let root = guest_path(&exports[0].path);
         let spec = serde_json::json!({"ociVersion": "1.0.2", "root": {"path": root}, "mounts": mounts});
-        GuestSpec { spec: serde_json::from_value(spec).unwrap(), exports, shared_namespaces: Vec::new() }
+        GuestSpec {
+            spec: serde_json::from_value(spec).unwrap(),
+            exports,
+            shared_namespaces: Vec::new(),
+            shared_memory: None,
+        }
     }
 
     fn source_of(guest: &GuestSpec) -> PathBuf {

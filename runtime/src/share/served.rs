@@ -111,7 +111,8 @@ impl Tree {
         Ok(Self { root, writable })
     }
 
-    /// Takes away what is at a place, and what led there alone.
+    /// Takes away what is at a place, and what led there alone, but for the topmost directories: a guest believes for a
+    /// while that those are the ones that it has seen.
     fn clear(&self, place: &Path) {
         // What is not there is not to be cleared, and what is still in use goes with its last user.
         let _ =
@@ -120,12 +121,12 @@ impl Tree {
             Err(Errno::NOTDIR) => rustix::fs::unlinkat(&self.writable, place, AtFlags::empty()),
             removed => removed,
         };
-        let above = place.ancestors().skip(1).take_while(|above| !above.as_os_str().is_empty());
+        let above =
+            place.ancestors().skip(1).take_while(|above| above.parent().is_some_and(|top| top != Path::new("")));
         if removed.is_ok() {
+            // One that others are in stays, and so does what it is in.
             for above in above {
-                if rustix::fs::unlinkat(&self.writable, above, AtFlags::REMOVEDIR).is_err() {
-                    break;
-                }
+                let _ = rustix::fs::unlinkat(&self.writable, above, AtFlags::REMOVEDIR);
             }
         }
     }

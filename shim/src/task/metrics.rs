@@ -31,7 +31,7 @@ impl Form {
     /// The host's: the first also where it has both versions, as containerd sees it.
     pub fn of_host() -> Self {
         let mounted = statfs(Path::new("/sys/fs/cgroup"));
-        match mounted.is_ok_and(|mounted| i64::try_from(mounted.f_type).is_ok_and(|magic| magic == CGROUP2)) {
+        match mounted.is_ok_and(|mounted| mounted.f_type == CGROUP2) {
             true => Self::V2,
             false => Self::V1,
         }

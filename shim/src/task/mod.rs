@@ -19,6 +19,7 @@ use containerd_shim_protos::events::task::{
 };
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use protobuf::well_known_types::any::Any;
+use runvm::agent::AgentError;
 use runvm::container::{limits_of_guest, start_process};
 use runvm::error::sentence;
 use runvm::log;
@@ -251,7 +252,8 @@ impl Tasks {
         Ok(process.ended().await)
     }
 
-    /// Sends a signal. A guest that does not answer a SIGKILL is not spared.
+    /// Sends a signal. A guest that does not answer is not spared: an engine that cannot ask a container to end would
+    /// never come to kill it.
     ///
     /// # Errors
     /// [`Error::Finished`] where the process has ended.
@@ -275,6 +277,11 @@ impl Tasks {
             // The bound of its end holds.
             Err(error) if request.signal == KILL => {
                 tracing::warn!("the guest does not take the signal: {}", sentence(&error));
+                Ok(())
+            }
+            Err(error @ AgentError::Silent { .. }) => {
+                tracing::warn!("the VM is ended: {}", sentence(&error));
+                container.pod.end().await;
                 Ok(())
             }
             sent => Ok(sent?),
