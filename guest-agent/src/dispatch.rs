@@ -13,7 +13,7 @@ use ttrpc::r#async::transport::Listener;
 use crate::container::Containers;
 use crate::reaper::Reaper;
 use crate::stdio::{HeldStreams, HostStream, Stream};
-use crate::{dns, log, service};
+use crate::{dns, log, loopback, service};
 
 /// How long the host may take to say what a stream is for.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -49,6 +49,11 @@ impl Dispatcher {
             Ok(Ok(ports::STDIO)) => self.hold(stream).await,
             Ok(Ok(ports::LOG)) => log::serve(stream).await,
             Ok(Ok(ports::DNS)) => dns::serve(stream).await,
+            Ok(Ok(ports::LOOPBACK)) => {
+                if let Err(error) = loopback::connect(stream).await {
+                    tracing::debug!("a connection of the host's ends: {error}");
+                }
+            }
             Ok(Ok(other)) => tracing::warn!("a stream for the unknown port {other}"),
             Ok(Err(error)) => tracing::debug!("a stream ended before it was announced: {error}"),
             Err(_) => tracing::warn!("a stream was not announced in time"),

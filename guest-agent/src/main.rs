@@ -10,6 +10,7 @@ mod dispatch;
 mod dns;
 mod error;
 mod log;
+mod loopback;
 mod network;
 mod readiness;
 mod reaper;

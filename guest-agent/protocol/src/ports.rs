@@ -11,6 +11,9 @@ pub const LOG: u32 = 1026;
 /// Name look-ups of the guest that the host answers: see [`crate::dns`].
 pub const DNS: u32 = 1027;
 
+/// A connection to a port of the guest's loopback: see [`name_port`].
+pub const LOOPBACK: u32 = 1028;
+
 /// The longest key of a stdio stream, in bytes.
 pub const MAX_KEY: usize = 128;
 
@@ -52,6 +55,24 @@ pub async fn name_stdio(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), key:
         HELD => Ok(()),
         _ => Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the agent does not take the stream")),
     }
+}
+
+/// Says which TCP port of the guest's loopback a stream, already announced, is to be connected to. What follows is what is
+/// said on the connection; a stream that ends at once was not connected.
+///
+/// # Errors
+/// Those of the stream.
+pub async fn name_port(stream: &mut (impl AsyncWrite + Unpin), port: u16) -> io::Result<()> {
+    stream.write_u16(port).await?;
+    stream.flush().await
+}
+
+/// Reads which port a stream is to be connected to.
+///
+/// # Errors
+/// Those of the stream.
+pub async fn named_port(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u16> {
+    stream.read_u16().await
 }
 
 /// Reads the key of a stdio stream. The caller stores the stream, then calls [`acknowledge_stdio`].

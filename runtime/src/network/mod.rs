@@ -11,6 +11,7 @@
 
 mod attach;
 pub mod dns;
+pub mod loopback;
 pub mod namespace;
 mod rules;
 mod scan;

@@ -20,6 +20,7 @@ use crate::error::{Error, Result, sentence};
 use crate::host::cgroup::{self, Cgroup};
 use crate::host::hooks;
 use crate::log;
+use crate::network::loopback::{self, Loopback};
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
 use crate::share::{Export, ShareError};
@@ -64,6 +65,7 @@ pub struct Pod {
     members: Mutex<HashMap<String, Arc<Member>>>,
     end: watch::Receiver<Option<String>>,
     told_to_end: Arc<Notify>,
+    _loopback: Option<Loopback>,
 }
 
 /// A container of the pod, as the host knows it.
@@ -110,7 +112,8 @@ impl Pod {
             size,
             table,
             Some(id.to_owned()).filter(|_| membership == Membership::Sandbox),
-        )?;
+        )
+        .await?;
         match pod.make(id, &guest, None, descriptors).await {
             Ok(relay) => {
                 pod.remember(id, member);
@@ -134,16 +137,34 @@ impl Pod {
             boot(options, empty.size, &cgroup, Vec::new(), Some(empty.hostname), false).await
         };
         let sandbox = remove_after_failure(&cgroup, booted.await)?;
-        Self::around(sandbox, cgroup, empty.size, Table::default(), None)
+        Self::around(sandbox, cgroup, empty.size, Table::default(), None).await
     }
 
-    fn around(sandbox: Sandbox, cgroup: Arc<Cgroup>, size: Size, table: Table, first: Option<String>) -> Result<Self> {
+    async fn around(
+        sandbox: Sandbox,
+        cgroup: Arc<Cgroup>,
+        size: Size,
+        table: Table,
+        first: Option<String>,
+    ) -> Result<Self> {
         let files = Files::new(sandbox.files()?, table);
         let agent = sandbox.agent.clone();
         let told_to_end = Arc::new(Notify::new());
         let (ended, end) = watch::channel(None);
         tokio::spawn(keep(sandbox, cgroup, told_to_end.clone(), ended));
-        Ok(Self { agent, size, files, sandbox: first, members: Mutex::default(), end, told_to_end })
+        let loopback = loopback::hand_on(agent.clone()).await;
+        let loopback =
+            loopback.inspect_err(|error| tracing::info!("the guest's loopback is not forwarded to: {error}"));
+        Ok(Self {
+            agent,
+            size,
+            files,
+            sandbox: first,
+            members: Mutex::default(),
+            end,
+            told_to_end,
+            _loopback: loopback.ok(),
+        })
     }
 
     /// The PID that stands for the pod on the host: this process's.
@@ -265,9 +286,14 @@ impl Pod {
         }
     }
 
+    /// Has the VM end.
+    pub fn abandon(&self) {
+        self.told_to_end.notify_one();
+    }
+
     /// Ends the VM, and waits until nothing of it is left.
     pub async fn end(&self) {
-        self.told_to_end.notify_one();
+        self.abandon();
         self.ended().await;
     }
 

@@ -281,7 +281,8 @@ impl Tasks {
             }
             Err(error @ AgentError::Silent { .. }) => {
                 tracing::warn!("the VM is ended: {}", sentence(&error));
-                container.pod.end().await;
+                // The end may be told to its last client, and this process with it be over, sooner than this answer.
+                container.pod.abandon();
                 Ok(())
             }
             sent => Ok(sent?),
