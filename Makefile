@@ -85,6 +85,10 @@ uninstall: ## remove what `make install` copied
 deb: build ## make a Debian package in target/
 	@packaging/deb.sh '$(DIST)' target
 
+.PHONY: image
+image: build ## make an image in target/ that installs runvm on the nodes of a Kubernetes cluster
+	@packaging/image.sh '$(DIST)' target
+
 .PHONY: clean
 clean: ## remove target/; the cache of kernels and images stays
 	rm -rf target '$(CARGO_TARGET_DIR)'

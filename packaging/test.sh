@@ -26,6 +26,7 @@ main() {
     step 'fuzzing' vmm/fuzz/fuzz.sh
     step 'vmlinux' kernel/check.sh target/dist/lib/runvm/vmlinux
     step 'vmlinux-pvm' kernel/check.sh target/dist/lib/runvm/vmlinux-pvm
+    step 'installation' packaging/check-install.sh target/dist
     step 'suites' cargo test --locked --workspace --test '*' --no-fail-fast
     conclude
 }
