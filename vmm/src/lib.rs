@@ -12,8 +12,10 @@ pub mod door;
 mod event;
 pub mod machine;
 pub mod virtio;
+mod watch;
 
 pub use event::Event;
+pub use watch::Watch;
 
 /// A guest's memory, as its devices see it.
 pub type Memory = std::sync::Arc<vm_memory::GuestMemoryMmap>;

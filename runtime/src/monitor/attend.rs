@@ -6,7 +6,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 
 use crate::agent::{Agent, AgentError, Exit, KILL_LIMIT, Relay};
-use crate::host::terminal;
+use crate::host::{idle, terminal};
 
 /// The signals that are passed on. SIGKILL and SIGSTOP cannot be caught: the first one's effect is that the guest's
 /// process loses its lifeline.
@@ -45,6 +45,7 @@ pub const KILLED: u8 = 137;
 pub async fn attend(process: Process, relay: Relay, terminal: Option<&OwnedFd>) -> Result<Exit, AgentError> {
     let relay = relay.start();
     let mut errands = JoinSet::new();
+    errands.spawn(idle::give_back_when_idle());
     for kind in FORWARDED {
         if let Ok(signals) = signal(kind) {
             errands.spawn(forward(process.clone(), signals, kind.as_raw_value()));

@@ -19,6 +19,7 @@ use libc::{
     SYS_setgroups, SYS_setresgid, SYS_setresuid, SYS_setxattr, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_symlinkat,
     SYS_syncfs, SYS_tgkill, SYS_umask, SYS_unlinkat, SYS_unshare, SYS_utimensat, SYS_write, SYS_writev, c_long,
 };
+use linux_raw_sys::ioctl::UFFDIO_REGISTER;
 use rustix::ioctl::opcode;
 use seccompiler::BackendError;
 
@@ -160,6 +161,8 @@ pub(super) fn of(role: Role, allowed: &mut Allowed) -> Result<(), BackendError> 
             allowed.calls(OWNER);
             // Into a connection that there is, and to nobody else.
             allowed.only(SYS_sendto, [null(4)])?;
+            // Over memory of its own, by a descriptor that can hold nobody up: [`crate::Watch`].
+            allowed.only(SYS_ioctl, [is(1, UFFDIO_REGISTER)])?;
             SAVED_STATE.iter().try_for_each(|&request| allowed.only(SYS_ioctl, [is(1, request)]))
         }
         Role::Vcpu => {

@@ -12,7 +12,7 @@ use std::io;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion as _, VolatileSlice};
 
 use super::memory::{self, Block, MemoryError};
-use crate::Memory;
+use crate::{Memory, Watch};
 
 const PAGE: usize = 4096;
 
@@ -33,23 +33,27 @@ pub(super) struct Piece<'a> {
 
 /// What memory began as: in the same places, and zero where it is of no file. The files have to stay as they are.
 #[derive(Debug)]
-pub(super) struct Origin(Memory);
+pub(super) struct Origin {
+    memory: Memory,
+    /// Over the blocks that are replaced; none where the host has none.
+    watch: Option<Watch>,
+}
 
 impl Origin {
     /// The origin of `size` bytes of memory that began as these pieces.
     pub fn new(size: u64, pieces: &[Piece<'_>]) -> Result<Self, MemoryError> {
-        let origin = memory::anonymous(size, false)?;
+        let memory = memory::anonymous(size, false)?;
         for piece in pieces {
             let length = usize::try_from(piece.length).map_err(|_| MemoryError::Size(size))?;
-            let part = origin.get_slice(GuestAddress(piece.address), length).map_err(|_| MemoryError::Size(size))?;
+            let part = memory.get_slice(GuestAddress(piece.address), length).map_err(|_| MemoryError::Size(size))?;
             memory::lay_over(&part, piece.file, piece.offset as i64).map_err(MemoryError::File)?;
         }
-        for region in origin.iter() {
+        for region in memory.iter() {
             let all = region.as_volatile_slice().map_err(|_| MemoryError::Size(size))?;
             // A page that the guest comes to brings no others with it, nor does one that differs.
             advise(&all, libc::MADV_NOHUGEPAGE).map_err(MemoryError::File)?;
         }
-        Ok(Self(origin))
+        Ok(Self { memory, watch: Watch::new().ok() })
     }
 
     /// The origin of a clone's memory: the whole of its template's file, region after region.
@@ -69,7 +73,7 @@ impl Origin {
     /// # Errors
     /// Where the host cannot; then the block is as it was.
     pub fn replace(&self, block: Block, memory: &Memory) -> io::Result<bool> {
-        let (Some(used), Some(origin)) = (block.of(memory), block.of(&self.0)) else { return Ok(false) };
+        let (Some(used), Some(origin)) = (block.of(memory), block.of(&self.memory)) else { return Ok(false) };
         let differing = differing(&used, &origin)?;
         // The look at it has brought all of it in, which would count as used from now on.
         advise(&origin, libc::MADV_DONTNEED)?;
@@ -82,6 +86,10 @@ impl Origin {
             page_of(&origin, offset)?.copy_from(&page);
         }
         put_in_place(&origin, &used)?;
+        if let Some(watch) = &self.watch {
+            // Without it the block takes more than it needs, and is right all the same.
+            let _ = watch.over(used.ptr_guard_mut().as_ptr().addr(), used.len());
+        }
         Ok(true)
     }
 }

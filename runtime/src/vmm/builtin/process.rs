@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use kvm_ioctls::Kvm;
 use runvm_protocol::{SHARE_TAG, VSOCK_PORT};
@@ -27,21 +27,15 @@ use runvm_vmm::virtio::net::Net;
 use runvm_vmm::virtio::rng::Rng;
 use runvm_vmm::virtio::vsock::Vsock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::time::{ClockId, clock_gettime};
 
 use super::confinement::{confine, enter};
 use super::description::{Beginning, Description, FIRST_DESCRIPTOR, Failure, Report, Saving};
 use crate::error::sentence;
+use crate::host::idle::{Idleness, Spare};
 use crate::share;
 
 /// A guest's interface gets the engine's MTU, which may be as much as Ethernet's length field says.
 const MAX_MTU: u16 = u16::MAX;
-
-/// A machine that did next to nothing for so long has nothing to do: the share of one processor's time is 1/[`BUSY`].
-const SETTLED: Duration = Duration::from_secs(1);
-const BUSY: u32 = 20;
-/// How often a machine is looked at that is never found to have nothing to do.
-const SELDOM: Duration = Duration::from_secs(64);
 
 /// Runs the VM's process; the machine's end is its own.
 pub fn main() -> ExitCode {
@@ -56,9 +50,11 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // What it takes can be had now only.
+    let spare = Spare::new();
     match begin(&description, inherited) {
         Ok((machine, saving)) => match report(&control, &Ok(saving)) {
-            Ok(()) => attend(&control, &machine),
+            Ok(()) => attend(&control, &machine, &spare),
             Err(_) => ExitCode::FAILURE,
         },
         Err(failure) => {
@@ -69,8 +65,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn attend(mut control: &UnixStream, machine: &Machine) -> ExitCode {
-    if let Err(errno) = trim_when_idle(machine) {
+fn attend(mut control: &UnixStream, machine: &Machine, spare: &Spare) -> ExitCode {
+    if let Err(errno) = trim_when_idle(machine, spare) {
         tracing::debug!("the machine's memory is not given back: {errno}");
     }
     match machine.wait() {
@@ -82,24 +78,21 @@ fn attend(mut control: &UnixStream, machine: &Machine) -> ExitCode {
     }
 }
 
-/// Waits until the machine has nothing to do, and gives back what it does not need of its memory; less and less often
-/// looks whether it has.
-fn trim_when_idle(machine: &Machine) -> std::io::Result<()> {
-    let used = || Duration::try_from(clock_gettime(ClockId::ProcessCPUTime)).unwrap_or_default();
-    let mut pause = SETTLED;
-    let mut before = used();
+/// Until the machine's end gives back what it does not need of its memory, whenever it has come to rest.
+fn trim_when_idle(machine: &Machine, spare: &Spare) -> std::io::Result<()> {
+    let mut idleness = Idleness::new();
     loop {
         let mut ended = [PollFd::new(machine.ended(), PollFlags::IN)];
-        let limit = Timespec::try_from(pause).map_err(std::io::Error::other)?;
+        let limit = Timespec::try_from(idleness.pause()).map_err(std::io::Error::other)?;
         if rustix::io::retry_on_intr(|| poll(&mut ended, Some(&limit)))? > 0 {
             return Ok(());
         }
-        let now = used();
-        if now.saturating_sub(before) < pause / BUSY {
-            return machine.trim();
+        if idleness.look() {
+            let begun = Instant::now();
+            machine.trim()?;
+            spare.give_back();
+            idleness.rest(begun.elapsed());
         }
-        before = now;
-        pause = (pause * 2).min(SELDOM);
     }
 }
 
