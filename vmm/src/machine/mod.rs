@@ -205,16 +205,18 @@ impl Machine {
     /// # Errors
     /// Where the host cannot (Linux does it from 5.13 on): what was given back until then is, and nothing else is changed.
     pub fn trim(&self) -> io::Result<()> {
+        let copies = self.origin.copies()?;
         for block in Block::all(memory::size(&self.memory)) {
             if !origin::is_there(block, &self.memory)? {
                 continue;
             }
             self.pause();
-            let replaced = self.origin.replace(block, &self.memory);
+            let replaced = self.origin.replace(block, &self.memory, &copies);
             self.resume();
-            if replaced? {
+            if !matches!(replaced, Ok(false)) {
                 self.trimmed().insert(block);
             }
+            replaced?;
         }
         Ok(())
     }

@@ -160,11 +160,12 @@ pub(in crate::machine) fn pieces(kernel: &Kernel, memory: u64) -> Result<Vec<Pie
         file: &kernel.image,
         offset: segment.offset,
         length: segment.length & !(PAGE - 1),
+        copied: false,
     };
     let mut pieces: Vec<_> = segments(&kernel.image).into_iter().map(whole).collect();
     if let Some(file) = &kernel.initramfs {
         let (address, size) = initramfs_place(file, memory)?;
-        pieces.push(Piece { address, file, offset: 0, length: size & !(PAGE - 1) });
+        pieces.push(Piece { address, file, offset: 0, length: size & !(PAGE - 1), copied: true });
     }
     pieces.retain(|piece| piece.length > 0 && (piece.address | piece.offset).is_multiple_of(PAGE));
     Ok(pieces)
