@@ -5,6 +5,7 @@ use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
+use runvm::host::idle;
 use runvm::log;
 use rustix::process::setsid;
 use thiserror::Error;
@@ -95,6 +96,7 @@ async fn run(
     let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::all(&tasks));
     server.start().await?;
     log::stage("shim serves");
+    tokio::spawn(idle::give_back_when_idle());
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
     tokio::select! {
