@@ -2,14 +2,14 @@
 # Builds the root file systems that the suites, the benchmark and the demo run,
 # from the distribution's packages alone: no image registry is needed.
 #
-#   conformance/images.sh busybox|debian
+#   conformance/images.sh busybox|debian|pause
 #
 # Prints the path of a tar of the root file system (for `docker import`, or to
 # unpack as a bundle's rootfs). It is kept in the cache under a hash of what
 # went into it, so that only the first call builds.
 set -euo pipefail
 
-name=${1:?usage: conformance/images.sh busybox|debian}
+name=${1:?usage: conformance/images.sh busybox|debian|pause}
 cache=${RUNVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/runvm}/images
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -24,9 +24,10 @@ inputs() {
     cat "$here/images.sh"
     case $name in
     busybox) versions busybox-static ;;
+    pause) versions catatonit ;;
     debian) versions base-files libc6 "${debian_packages[@]}" ;;
     *)
-        echo "conformance/images.sh: no image is called '$name': say busybox or debian" >&2
+        echo "conformance/images.sh: no image is called '$name': say busybox, debian or pause" >&2
         exit 1
         ;;
     esac
@@ -55,6 +56,11 @@ build_busybox() {
     for applet in $(/bin/busybox --list); do
         [[ $applet == busybox ]] || ln -s busybox "$1/bin/$applet"
     done
+}
+
+# What holds a pod's namespaces: one static program, that waits and reaps.
+build_pause() {
+    cp /usr/bin/catatonit "$1/pause"
 }
 
 build_debian() {

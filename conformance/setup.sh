@@ -7,11 +7,12 @@
 set -euo pipefail
 
 packages=(
-    docker.io containerd runc   # the engines, and the runtime that judges every test first
-    iptables iproute2           # dockerd's network, the suites' own bridge and addresses
-    busybox-static debootstrap  # the images
-    procps                      # `docker top` runs the host's ps
-    qemu-system-x86             # the machine that has an ordinary KVM
+    docker.io containerd runc            # the engines, and the runtime that judges every test first
+    iptables iproute2                    # dockerd's network, the suites' own bridge and addresses
+    containernetworking-plugins          # the network of pods
+    busybox-static debootstrap catatonit # the images
+    procps                               # `docker top` runs the host's ps
+    qemu-system-x86                      # the machine that has an ordinary KVM
 )
 case ${1:-} in
 bench) packages+=(crun runsc) ;;

@@ -16,12 +16,17 @@ packages_for() {
     # what the kernel needs kernel/build.sh installs itself.
     build) echo gcc libc6-dev libcap-ng-dev libseccomp-dev cpio ;;
     run) echo qemu-system-x86 ;;
-    lint) echo shellcheck ;;
-    # The engines, the network that dockerd makes, what the images are made of,
-    # the ps that `docker top` runs, the machine that has an ordinary KVM, the
-    # second runtime that the OCI's programs run against, and libFuzzer's compiler.
+    # clippy builds the suites too, and with them the CRI's messages.
+    lint) echo shellcheck protobuf-compiler ;;
+    # The engines, the networks that dockerd and CNI make, what the images are made of,
+    # the ps that `docker top` runs, the machine that has an ordinary KVM, the second
+    # runtime that the OCI's programs run against, libFuzzer's compiler, and that of
+    # the CRI's messages.
     # conformance/setup.sh installs what those programs are built with itself.
-    test) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap procps qemu-system-x86 crun g++ ;;
+    test)
+        echo docker.io containerd runc iptables iproute2 containernetworking-plugins busybox-static debootstrap \
+            catatonit procps qemu-system-x86 crun g++ protobuf-compiler
+        ;;
     fuzz) echo g++ ;;
     bench) echo crun runsc ;;
     demo) echo docker.io containerd runc iptables iproute2 busybox-static debootstrap ;;

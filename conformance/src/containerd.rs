@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use serde_json::json;
 
 use crate::command::{Cmd, eventually};
 use crate::enclosure::Enclosure;
 use crate::engine::Daemon;
-use crate::image;
+use crate::image::{self, Archive};
 use crate::runtime::Runtime;
 use crate::suite::{Handle, next_number};
 
@@ -44,33 +43,15 @@ impl Engine {
         let daemon = Cmd::new("/usr/bin/containerd").arg("--config").arg(config);
         let daemon = Daemon::start(daemon, &folder.join("log"), || client(&socket, &namespace).arg("version"))?;
         let engine = Self { _daemon: daemon, socket, namespace, folder };
-        engine.ctr().args(["image", "import"]).arg(engine.archive()?).ok()?;
+        let image = engine.folder.join("image");
+        std::fs::create_dir(&image)?;
+        let archive = Archive { name: IMAGE, root: image::BUSYBOX, command: &["sh"] }.write(&image)?;
+        engine.ctr().args(["image", "import"]).arg(archive).ok()?;
         Ok(engine)
     }
 
     fn ctr(&self) -> Cmd {
         client(&self.socket, &self.namespace)
-    }
-
-    /// The image in the form that `docker save` gives.
-    fn archive(&self) -> Result<PathBuf> {
-        let folder = self.folder.join("image");
-        std::fs::create_dir(&folder)?;
-        std::fs::copy(image::tar(image::BUSYBOX)?, folder.join("layer.tar"))?;
-        let sum = Cmd::new("sha256sum").arg(folder.join("layer.tar")).ok()?;
-        let sum = sum.text().split(' ').next().context("sha256sum prints a sum")?;
-        let config = json!({
-            "os": "linux",
-            "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
-            "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
-            "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{sum}")] },
-        });
-        let manifest = json!([{ "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"] }]);
-        std::fs::write(folder.join("config.json"), config.to_string())?;
-        std::fs::write(folder.join("manifest.json"), manifest.to_string())?;
-        let archive = self.folder.join("image.tar");
-        Cmd::new("tar").arg("--create").arg("--file").arg(&archive).arg("--directory").arg(&folder).arg(".").ok()?;
-        Ok(archive)
     }
 }
 

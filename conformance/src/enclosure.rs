@@ -141,7 +141,7 @@ fn wait_unreaped(pid: Pid) -> Result<()> {
 
 /// Engines look for their helpers in the system's folders; a newer client or daemon in
 /// /usr/local must not get between.
-fn engine_path() -> OsString {
+pub fn engine_path() -> OsString {
     "/usr/sbin:/usr/bin:/sbin:/bin".into()
 }
 

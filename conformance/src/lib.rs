@@ -9,6 +9,7 @@ pub mod bundle;
 pub mod census;
 pub mod command;
 pub mod containerd;
+pub mod cri;
 pub mod differences;
 pub mod docker;
 pub mod enclosure;

@@ -54,6 +54,11 @@ impl Runtime {
     }
 }
 
+/// The program by which containerd drives runvm without runc's shim.
+pub fn shim() -> PathBuf {
+    dist().join("bin/containerd-shim-runvm-v2")
+}
+
 /// The folder that `make build` lays out like an install prefix.
 pub fn dist() -> PathBuf {
     let default = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/dist");
@@ -71,9 +76,10 @@ pub struct Available {
 }
 
 impl Available {
-    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set, no TCG when `RUNVM_WITHOUT_TCG` is.
-    pub fn find() -> Result<Self> {
-        if !runvm_is_tested()? {
+    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set, no TCG when `RUNVM_WITHOUT_TCG` is. By its own shim
+    /// runvm can be driven where that was built.
+    pub fn find(by_shim: bool) -> Result<Self> {
+        if !runvm_is_tested()? || (by_shim && !shim().exists()) {
             return Ok(Self::default());
         }
         let kvm = accelerator(&Runtime::Kvm.program())?.starts_with("kvm");

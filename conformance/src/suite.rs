@@ -25,12 +25,13 @@ pub struct Case<H> {
     run: fn(&H) -> Result<Outcome>,
     tcg: bool,
     alone: bool,
+    engines: Option<&'static [&'static str]>,
 }
 
 impl<H> Case<H> {
     /// A case for runc and for runvm on KVM. See [`case!`](crate::case).
     pub const fn new(name: &'static str, run: fn(&H) -> Result<Outcome>) -> Self {
-        Self { name, run, tcg: false, alone: false }
+        Self { name, run, tcg: false, alone: false, engines: None }
     }
 
     /// Runs it with runvm on TCG too.
@@ -47,8 +48,15 @@ impl<H> Case<H> {
         self
     }
 
-    fn wants(&self, runtime: Runtime) -> bool {
-        runtime != Runtime::Tcg || self.tcg
+    /// Runs it with these engines only, of those that the suite has.
+    #[must_use]
+    pub const fn only_on(mut self, engines: &'static [&'static str]) -> Self {
+        self.engines = Some(engines);
+        self
+    }
+
+    fn wants(&self, engine: &str, runtime: Runtime) -> bool {
+        (runtime != Runtime::Tcg || self.tcg) && self.engines.is_none_or(|engines| engines.contains(&engine))
     }
 }
 
@@ -64,6 +72,10 @@ macro_rules! case {
 pub struct Suite<E, H> {
     /// The suite's name, with which its cases' names begin.
     pub name: &'static str,
+    /// Which of its engines this run is with; empty where the suite has one only.
+    pub engine: &'static str,
+    /// Whether runvm is driven by its own shim.
+    pub shim: bool,
     /// The cases.
     pub cases: Vec<Case<H>>,
     /// Makes the handle for one run of a case.
@@ -81,9 +93,9 @@ where
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     arguments.test_threads.get_or_insert((2 * processors).clamp(2, 4));
 
-    let available = Available::find()?;
+    let available = Available::find(suite.shim)?;
     if arguments.list {
-        let trials = trials(&suite.cases, available, |_, _| Ok(()));
+        let trials = trials(&suite, available, |_, _| Ok(()));
         return Ok(libtest_mimic::run(&arguments, trials).exit_code());
     }
 
@@ -91,7 +103,7 @@ where
     let conclusion = {
         let stage = Arc::new(Stage::new(suite, start()?)?);
         let judge = Arc::clone(&stage);
-        let trials = trials(&stage.suite.cases, available, move |index, runtime| judge.judge(index, runtime));
+        let trials = trials(&stage.suite, available, move |index, runtime| judge.judge(index, runtime));
         libtest_mimic::run(&arguments, trials)
     };
     if conclusion.has_failed() {
@@ -104,17 +116,18 @@ where
 }
 
 /// One trial for each case and runtime, runc's first: they are what is compared with.
-fn trials<H>(
-    cases: &[Case<H>],
+fn trials<E, H>(
+    suite: &Suite<E, H>,
     available: Available,
     judge: impl Fn(usize, Runtime) -> Result<()> + Clone + Send + 'static,
 ) -> Vec<Trial> {
     let mut trials = Vec::new();
     for runtime in Runtime::ALL {
-        for (index, case) in cases.iter().enumerate().filter(|(_, case)| case.wants(runtime)) {
+        let kind = format!("{} {}", suite.engine, runtime.name());
+        for (index, case) in suite.cases.iter().enumerate().filter(|(_, case)| case.wants(suite.engine, runtime)) {
             let judge = judge.clone();
             let trial = Trial::test(case.name, move || judge(index, runtime).map_err(failed));
-            trials.push(trial.with_kind(runtime.name()).with_ignored_flag(!available.has(runtime)));
+            trials.push(trial.with_kind(kind.trim_start()).with_ignored_flag(!available.has(runtime)));
         }
     }
     trials

@@ -12,7 +12,13 @@ use conformance::suite::{Suite, run};
 fn main() -> ExitCode {
     let cases = [run::cases(), task::cases()];
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
-        let suite = Suite { name: "ctr", cases: cases.into_iter().flatten().collect(), open: Ctr::open };
+        let suite = Suite {
+            name: "ctr",
+            engine: "",
+            shim: false,
+            cases: cases.into_iter().flatten().collect(),
+            open: Ctr::open,
+        };
         run(suite, || Engine::start(enclosure))
     })
 }

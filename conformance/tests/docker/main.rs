@@ -32,7 +32,13 @@ fn main() -> ExitCode {
     ];
     let scripts: &[&[&str]] = &[&["setup.sh"], &["images.sh", "busybox"], &["images.sh", "debian"]];
     run_inside(scripts, |enclosure| {
-        let suite = Suite { name: "docker", cases: cases.into_iter().flatten().collect(), open: Docker::open };
+        let suite = Suite {
+            name: "docker",
+            engine: "",
+            shim: false,
+            cases: cases.into_iter().flatten().collect(),
+            open: Docker::open,
+        };
         run(suite, || Engine::start(enclosure))
     })
 }

@@ -31,7 +31,13 @@ fn main() -> ExitCode {
         templates::cases(),
     ];
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
-        let suite = Suite { name: "hand", cases: cases.into_iter().flatten().collect(), open: Hand::open };
+        let suite = Suite {
+            name: "hand",
+            engine: "",
+            shim: false,
+            cases: cases.into_iter().flatten().collect(),
+            open: Hand::open,
+        };
         run(suite, || Workshop::open(enclosure))
     })
 }

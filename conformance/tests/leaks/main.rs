@@ -17,6 +17,6 @@ use conformance::suite::{Suite, run};
 fn main() -> ExitCode {
     let cases = [killed::cases(), many::cases(), races::cases()].into_iter().flatten().collect();
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
-        run(Suite { name: "leaks", cases, open: Hand::open }, || Workshop::open(enclosure))
+        run(Suite { name: "leaks", engine: "", shim: false, cases, open: Hand::open }, || Workshop::open(enclosure))
     })
 }
