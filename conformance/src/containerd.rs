@@ -1,4 +1,4 @@
-//! A private containerd, and the handle that its cases get.
+//! A private containerd, and the handle that its cases get: by runc's shim or by runvm's own.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -43,9 +43,8 @@ impl Engine {
         let daemon = Cmd::new("/usr/bin/containerd").arg("--config").arg(config);
         let daemon = Daemon::start(daemon, &folder.join("log"), || client(&socket, &namespace).arg("version"))?;
         let engine = Self { _daemon: daemon, socket, namespace, folder };
-        let image = engine.folder.join("image");
-        std::fs::create_dir(&image)?;
-        let archive = Archive { name: IMAGE, root: image::BUSYBOX, command: &["sh"] }.write(&image)?;
+        let image = tempfile::tempdir()?;
+        let archive = Archive { name: IMAGE, root: image::BUSYBOX, command: &["sh"] }.write(image.path())?;
         engine.ctr().args(["image", "import"]).arg(archive).ok()?;
         Ok(engine)
     }
@@ -59,21 +58,32 @@ fn client(socket: &Path, namespace: &str) -> Cmd {
     Cmd::new("/usr/bin/ctr").arg("--address").arg(socket).args(["--namespace", namespace])
 }
 
-/// One runtime behind containerd's shim for runc, for one run of one case.
+/// One runtime behind a shim of containerd's, for one run of one case.
 pub struct Ctr {
     engine: Arc<Engine>,
     tag: String,
-    program: PathBuf,
+    /// The option of `ctr run` that chooses the runtime, and its value.
+    choice: (&'static str, PathBuf),
 }
 
 impl Ctr {
-    /// A handle for one run of a case.
+    /// A handle for one run of a case, in which runvm is in runc's place under runc's shim.
     pub fn open(engine: &Arc<Engine>, runtime: Runtime) -> Result<Self> {
         let program = match runtime {
             Runtime::Runc | Runtime::Kvm => runtime.program(),
             Runtime::Tcg => script(&engine.folder, runtime)?,
         };
-        Ok(Self { engine: Arc::clone(engine), tag: format!("rvm-{}", next_number()), program })
+        Ok(Self::choose(engine, ("--runc-binary", program)))
+    }
+
+    /// A handle for one run of a case, in which each runtime has its own shim.
+    pub fn open_by_shim(engine: &Arc<Engine>, runtime: Runtime) -> Result<Self> {
+        let name = if runtime.is_runc() { "io.containerd.runc.v2" } else { "io.containerd.runvm.v2" };
+        Ok(Self::choose(engine, ("--runtime", name.into())))
+    }
+
+    fn choose(engine: &Arc<Engine>, choice: (&'static str, PathBuf)) -> Self {
+        Self { engine: Arc::clone(engine), tag: format!("rvm-{}", next_number()), choice }
     }
 
     /// The client with these words, separated by blanks.
@@ -85,8 +95,9 @@ impl Ctr {
     fn create_and_run(&self, options: &str, command: &[&str]) -> (String, Cmd) {
         let id = format!("{}-{}", self.tag, next_number());
         let cmd = self
-            .ctr("run --runc-binary")
-            .arg(&self.program)
+            .ctr("run")
+            .arg(self.choice.0)
+            .arg(&self.choice.1)
             .args(options.split_whitespace())
             .args([IMAGE, &id])
             .args(command);

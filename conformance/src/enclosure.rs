@@ -19,6 +19,7 @@ use signal_hook::iterator::Signals;
 
 use crate::Cmd;
 use crate::command::code;
+use crate::runtime::dist;
 
 /// Where the outer process tells the inner one about its folder.
 const WORK: &str = "RUNVM_CONFORMANCE_WORK";
@@ -139,10 +140,12 @@ fn wait_unreaped(pid: Pid) -> Result<()> {
     }
 }
 
-/// Engines look for their helpers in the system's folders; a newer client or daemon in
-/// /usr/local must not get between.
-pub fn engine_path() -> OsString {
-    "/usr/sbin:/usr/bin:/sbin:/bin".into()
+/// Engines look for their helpers in the system's folders, and containerd for runvm's shim
+/// among runvm's; a newer client or daemon in /usr/local must not get between.
+fn engine_path() -> OsString {
+    let mut path = OsString::from("/usr/sbin:/usr/bin:/sbin:/bin:");
+    path.push(dist().join("bin"));
+    path
 }
 
 /// The inner process: makes the private world usable.

@@ -55,8 +55,11 @@ impl<H> Case<H> {
         self
     }
 
-    fn wants(&self, engine: &str, runtime: Runtime) -> bool {
-        (runtime != Runtime::Tcg || self.tcg) && self.engines.is_none_or(|engines| engines.contains(&engine))
+    fn wants<E>(&self, suite: &Suite<E, H>, runtime: Runtime) -> bool {
+        // The shim takes its options from the engine's environment: one engine has one accelerator.
+        let engine = suite.engine;
+        (runtime != Runtime::Tcg || (self.tcg && !suite.shim))
+            && self.engines.is_none_or(|engines| engines.contains(&engine))
     }
 }
 
@@ -124,7 +127,7 @@ fn trials<E, H>(
     let mut trials = Vec::new();
     for runtime in Runtime::ALL {
         let kind = format!("{} {}", suite.engine, runtime.name());
-        for (index, case) in suite.cases.iter().enumerate().filter(|(_, case)| case.wants(suite.engine, runtime)) {
+        for (index, case) in suite.cases.iter().enumerate().filter(|(_, case)| case.wants(suite, runtime)) {
             let judge = judge.clone();
             let trial = Trial::test(case.name, move || judge(index, runtime).map_err(failed));
             trials.push(trial.with_kind(kind.trim_start()).with_ignored_flag(!available.has(runtime)));

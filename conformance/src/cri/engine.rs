@@ -11,11 +11,10 @@ use super::client::Client;
 use super::network::{self, Network};
 use super::pod::IMAGE;
 use crate::command::{Cmd, eventually};
-use crate::enclosure::{Enclosure, engine_path};
+use crate::enclosure::Enclosure;
 use crate::engine::Daemon;
 use crate::image::{self, Archive};
 use crate::judge::Judge;
-use crate::runtime::dist;
 
 /// What holds a pod's namespaces where the runtime wants a process for that.
 const PAUSE: &str = "rvm.example/pause:latest";
@@ -99,10 +98,8 @@ impl Engine {
 
     fn start_daemon(&self) -> Result<()> {
         let mut path = self.programs.clone().into_os_string();
-        for folder in [dist().join("bin").into_os_string(), engine_path()] {
-            path.push(":");
-            path.push(folder);
-        }
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
         let daemon = Cmd::new(self.programs.join("containerd"))
             .env("PATH", path)
             .arg("--config")

@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case<Ctr>> {
         case!(metrics_tell_of_memory),
         case!(a_task_that_ended_is_stopped),
         case!(several_tasks_at_once),
+        case!(twenty_at_once).alone(),
     ]
 }
 
@@ -122,4 +123,17 @@ fn several_tasks_at_once(c: &Ctr) -> Result<Outcome> {
         outcome = outcome.see_output(&number.to_string(), &output);
     }
     Ok(outcome)
+}
+
+fn twenty_at_once(c: &Ctr) -> Result<Outcome> {
+    let outputs = std::thread::scope(|scope| {
+        let run = |number: usize| move || c.sh("", &format!("echo {number}; exit {number}")).run();
+        let threads: Vec<_> = (0..20).map(|number| scope.spawn(run(number))).collect();
+        threads.into_iter().map(|thread| thread.join().ok().context("a thread panicked")?).collect::<Result<Vec<_>>>()
+    })?;
+    for (number, output) in outputs.iter().enumerate() {
+        expect_equal("code", output.code, i32::try_from(number)?)?;
+        expect_equal("output", output.text(), &number.to_string())?;
+    }
+    Ok(Outcome::new().see("how many", outputs.len()))
 }
