@@ -190,7 +190,7 @@ fn the_machine_is_stopped(c: &Cri) -> Result<Outcome> {
     for process in machine(c, &shim)? {
         signal(&process, Signal::STOP)?;
     }
-    containers[0].stop(1)?;
+    containers[0].stop(0)?;
     let code = containers[0].status()?.exit_code;
     pod.stop()?;
     all_end(&containers)?;
