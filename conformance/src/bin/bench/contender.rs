@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
+use conformance::Runtime;
 use conformance::enclosure::leave_hybrid_cgroups;
 use conformance::runtime::dist;
 
@@ -17,6 +18,8 @@ pub(crate) struct Contender {
     pub(crate) options: &'static [&'static str],
     /// What it needs besides for containers without any network, which by hand they all are.
     pub(crate) alone: &'static [&'static str],
+    /// What containerd's shims know it by; `None` where it has none of its own.
+    pub(crate) shim: Option<Runtime>,
 }
 
 impl Contender {
@@ -26,8 +29,14 @@ impl Contender {
         let runvm = dist().join("bin/runvm");
         ensure!(runvm.exists(), "there is no {}: run `make build`, or set RUNVM_DIST", runvm.display());
         Ok(vec![
-            Self { name: "runc", program: "/usr/sbin/runc".into(), options: &[], alone: &[] },
-            Self { name: "crun", program: "/usr/bin/crun".into(), options: &[], alone: &[] },
+            Self {
+                name: "runc",
+                program: "/usr/sbin/runc".into(),
+                options: &[],
+                alone: &[],
+                shim: Some(Runtime::Runc),
+            },
+            Self { name: "crun", program: "/usr/bin/crun".into(), options: &[], alone: &[], shim: None },
             Self {
                 name: "runsc",
                 program: runsc(folder)?,
@@ -36,9 +45,11 @@ impl Contender {
                 // start on newer kernels.
                 options: &["--ignore-cgroups", "--platform=ptrace", "--network=host"],
                 alone: &["--network=none"],
+                // The distribution does not ship it.
+                shim: None,
             },
-            Self { name: "runvm", program: runvm.clone(), options: &[], alone: &[] },
-            Self { name: "runvm-cold", program: runvm, options: &["--template=off"], alone: &[] },
+            Self { name: "runvm", program: runvm.clone(), options: &[], alone: &[], shim: Some(Runtime::Kvm) },
+            Self { name: "runvm-cold", program: runvm, options: &["--template=off"], alone: &[], shim: None },
         ])
     }
 }

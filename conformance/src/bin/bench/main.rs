@@ -20,7 +20,8 @@ use crate::report::Report;
 use crate::world::World;
 
 fn main() -> ExitCode {
-    let scripts: &[&[&str]] = &[&["setup.sh", "bench"], &["images.sh", "busybox"], &["images.sh", "debian"]];
+    let scripts: &[&[&str]] =
+        &[&["setup.sh", "bench"], &["images.sh", "busybox"], &["images.sh", "debian"], &["images.sh", "pause"]];
     run_inside(scripts, bench)
 }
 

@@ -3,9 +3,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use conformance::census::Process;
-use conformance::{Cmd, image};
+use conformance::cri::{self, Cri};
+use conformance::suite::{Handle, next_number};
+use conformance::{Cmd, Runtime, image};
 
 use crate::contender::Contender;
 use crate::report::{Row, percentile};
@@ -25,10 +27,14 @@ pub(crate) struct Measure {
 type Sampler<'a> = Box<dyn FnMut() -> Result<f64> + 'a>;
 
 /// All of them, in the table's order.
-pub(crate) const ALL: [Measure; 11] = [
+pub(crate) const ALL: [Measure; 15] = [
     Measure { name: "run_true", what: "run true", unit: "ms", rounds: 20, open: run_true },
     Measure { name: "exec_true", what: "exec true", unit: "ms", rounds: 20, open: exec_true },
     Measure { name: "docker_run_true", what: "docker run --rm true", unit: "ms", rounds: 10, open: docker_run_true },
+    Measure { name: "ctr_run_true", what: "ctr run --rm true", unit: "ms", rounds: 10, open: ctr_run_true },
+    Measure { name: "pod_one", what: "a pod of one", unit: "ms", rounds: 5, open: pod_one },
+    Measure { name: "pod_three", what: "a pod of three", unit: "ms", rounds: 5, open: pod_three },
+    Measure { name: "pod_pss", what: "PSS of a pod of three", unit: "MB", rounds: 2, open: pod_pss },
     Measure { name: "node_hello", what: "run node hello", unit: "ms", rounds: 10, open: node_hello },
     Measure { name: "idle_pss", what: "PSS of an idle one", unit: "MB", rounds: 3, open: idle_pss },
     Measure { name: "fifty_at_once", what: "50 at once, the 95th", unit: "ms", rounds: 2, open: fifty_at_once },
@@ -94,6 +100,63 @@ fn docker_run_true<'a>(world: &'a World, contender: &'a Contender) -> Result<Sam
     Ok(Box::new(move || timed(world.docker.client().args(run))))
 }
 
+/// What containerd knows a runtime by.
+fn shim(contender: &Contender) -> Result<Runtime> {
+    contender.shim.with_context(|| format!("{} has no shim of its own here", contender.name))
+}
+
+fn ctr_run_true<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    let runtime = if shim(contender)?.is_runc() { "io.containerd.runc.v2" } else { "io.containerd.runvm.v2" };
+    Ok(Box::new(move || {
+        let id = format!("rvm-bench-{}", next_number());
+        timed(world.containerd.ctr().args(["run", "--rm", "--runtime", runtime, cri::IMAGE, &id, "true"]))
+    }))
+}
+
+/// Has a pod of this many containers running, and takes what `value` says of it and of how long that took.
+fn pods<'a>(
+    world: &'a World,
+    contender: &Contender,
+    containers: usize,
+    value: fn(began: Instant, before: &[Process]) -> Result<f64>,
+) -> Result<Sampler<'a>> {
+    let runtime = shim(contender)?;
+    Ok(Box::new(move || {
+        let cri = Cri::open(&world.containerd, runtime)?;
+        let before = Process::all()?;
+        let began = Instant::now();
+        let pod = cri.pod()?;
+        for number in 0..containers {
+            pod.start(&format!("c{number}"), SLEEP)?;
+        }
+        let taken = value(began, &before);
+        cri.close()?;
+        taken
+    }))
+}
+
+fn pod_one<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    pods(world, contender, 1, |began, _| Ok(milliseconds(began.elapsed())))
+}
+
+fn pod_three<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    pods(world, contender, 3, |began, _| Ok(milliseconds(began.elapsed())))
+}
+
+fn pod_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
+    pods(world, contender, 3, |_, before| {
+        thread::sleep(SETTLES);
+        Ok(pss_since(before)? as f64 / 1e6)
+    })
+}
+
+/// The memory of all processes that have come since, in bytes.
+fn pss_since(before: &[Process]) -> Result<u64> {
+    let all = Process::all()?;
+    let new = all.iter().filter(|process| before.iter().all(|other| other.pid != process.pid));
+    Ok(new.filter_map(Process::pss).sum())
+}
+
 fn node_hello<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'a>> {
     let bundle = world.bundle(image::DEBIAN, &["node", "-e", "console.log('hello')"])?;
     Ok(Box::new(move || timed(bundle.run(contender))))
@@ -142,10 +205,7 @@ fn fifty_pss<'a>(world: &'a World, contender: &'a Contender) -> Result<Sampler<'
         let before = Process::all()?;
         let (running, _) = start_fifty(world, contender)?;
         thread::sleep(2 * SETTLES);
-        let all = Process::all()?;
-        let new = all.iter().filter(|process| before.iter().all(|other| other.pid != process.pid));
-        let sum: u64 = new.filter_map(Process::pss).sum();
-        Ok(sum as f64 / 1e6 / running.len() as f64)
+        Ok(pss_since(&before)? as f64 / 1e6 / running.len() as f64)
     }))
 }
 

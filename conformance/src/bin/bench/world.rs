@@ -1,14 +1,15 @@
-//! Where it is measured: a Docker daemon that knows all runtimes, and the bundles.
+//! Where it is measured: a Docker daemon that knows all runtimes, a containerd that knows those with a shim, and the bundles.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use conformance::census::Process;
 use conformance::docker::Engine;
 use conformance::enclosure::Enclosure;
 use conformance::suite::next_number;
-use conformance::{Cmd, image};
+use conformance::{Cmd, cri, image};
 use serde_json::{Value, json};
 
 use crate::contender::Contender;
@@ -16,6 +17,7 @@ use crate::contender::Contender;
 /// The engine and the unpacked images.
 pub(crate) struct World {
     pub(crate) docker: Engine,
+    pub(crate) containerd: Arc<cri::Engine>,
     folder: PathBuf,
     cgroup: String,
     template: Value,
@@ -34,7 +36,8 @@ impl World {
         let others: Vec<_> =
             others.map(|contender| (contender.name, contender.program.as_path(), contender.options)).collect();
         let docker = Engine::start_with(enclosure, &others)?;
-        Ok(Self { docker, folder, cgroup: enclosure.cgroup(), template })
+        let containerd = Arc::new(cri::Engine::start(enclosure, cri::Release::Installed)?);
+        Ok(Self { docker, containerd, folder, cgroup: enclosure.cgroup(), template })
     }
 
     /// A bundle of an image that runs a command. All runtimes share the image's files.
