@@ -18,8 +18,8 @@ use crate::nameserver::Nameserver;
 use crate::runtime::Runtime;
 use crate::suite::{Handle, next_number};
 
-/// The client that came with the daemon.
-const CLIENT: &str = "/usr/bin/docker";
+/// What a later release of the distribution has: an engine that starts runtimes by shims of their own.
+const LATER: (&str, &[&str]) = ("sid", &["docker.io", "docker-cli", "containerd"]);
 
 const BRIDGE: &str = "rvm0";
 
@@ -31,6 +31,9 @@ pub const HOST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x7276, 0x6d00, 0x1, 0, 0, 0, 
 /// The daemon, its bridge, its name server and its images.
 pub struct Engine {
     daemon: Daemon,
+    /// The client that came with the daemon.
+    program: PathBuf,
+    by_shim: bool,
     socket: PathBuf,
     folder: PathBuf,
     cgroup: String,
@@ -49,18 +52,40 @@ impl Engine {
         Self::start_with(enclosure, &runtimes)
     }
 
+    /// Starts the daemon of a later release, under which runc and runvm each have their own shim.
+    pub fn start_later(enclosure: &Enclosure) -> Result<Self> {
+        let tree = image::later(LATER.0, LATER.1)?;
+        Self::start_programs(enclosure, &tree, true, &[])
+    }
+
     /// Starts the daemon with these runtimes besides runc: name, program, options.
     pub fn start_with(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> Result<Self> {
+        Self::start_programs(enclosure, Path::new("/"), false, runtimes)
+    }
+
+    fn start_programs(
+        enclosure: &Enclosure,
+        tree: &Path,
+        by_shim: bool,
+        runtimes: &[(&str, &Path, &[&str])],
+    ) -> Result<Self> {
         let bridge = Bridge::make()?;
         let nameserver = Nameserver::start(IpAddr::V4(HOST4))?;
-        let folder = enclosure.work().join("docker");
+        let folder = enclosure.work().join(if by_shim { "docker-later" } else { "docker" });
         std::fs::create_dir_all(folder.join("client"))?;
         let socket = enclosure.sockets().join("docker.sock");
         let config = folder.join("daemon.json");
         std::fs::write(&config, configuration(enclosure, runtimes).to_string())?;
 
         let host = format!("unix://{}", socket.display());
-        let daemon = Cmd::new("/usr/sbin/dockerd")
+        let mut path = tree.join("usr/bin").into_os_string();
+        for folder in [tree.join("usr/sbin").into_os_string(), std::env::var_os("PATH").unwrap_or_default()] {
+            path.push(":");
+            path.push(folder);
+        }
+        let program = tree.join("usr/bin/docker");
+        let daemon = Cmd::new(tree.join("usr/sbin/dockerd"))
+            .env("PATH", path)
             .args(["--host", &host, "--bridge", BRIDGE])
             .arg("--config-file")
             .arg(&config)
@@ -71,15 +96,16 @@ impl Engine {
             .arg("--pidfile")
             .arg(enclosure.sockets().join("docker.pid"));
         let client = folder.join("client");
-        let daemon = Daemon::start(daemon, &folder.join("log"), || client_of(&socket, &client).arg("version"))?;
+        let ready = || client_of(&program, &socket, &client).arg("version");
+        let daemon = Daemon::start(daemon, &folder.join("log"), ready)?;
         let loaded = Mutex::default();
         let cgroup = enclosure.cgroup();
-        Ok(Self { daemon, socket, folder, cgroup, loaded, _nameserver: nameserver, _bridge: bridge })
+        Ok(Self { daemon, program, by_shim, socket, folder, cgroup, loaded, _nameserver: nameserver, _bridge: bridge })
     }
 
     /// The daemon's client.
     pub fn client(&self) -> Cmd {
-        client_of(&self.socket, &self.folder.join("client"))
+        client_of(&self.program, &self.socket, &self.folder.join("client"))
     }
 
     /// Imports an image on its first use.
@@ -103,8 +129,8 @@ impl Engine {
     }
 }
 
-fn client_of(socket: &Path, config: &Path) -> Cmd {
-    Cmd::new(CLIENT).env("DOCKER_HOST", format!("unix://{}", socket.display())).env("DOCKER_CONFIG", config)
+fn client_of(program: &Path, socket: &Path, config: &Path) -> Cmd {
+    Cmd::new(program).env("DOCKER_HOST", format!("unix://{}", socket.display())).env("DOCKER_CONFIG", config)
 }
 
 fn configuration(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> serde_json::Value {
@@ -166,9 +192,14 @@ impl Docker {
         self.runtime
     }
 
-    /// The runtime's name in the daemon's configuration.
+    /// The runtime's name in the daemon's configuration, or that of its shim.
     pub fn runtime_name(&self) -> &'static str {
-        if self.runtime.is_runc() { Judge::NAME } else { self.runtime.name() }
+        match (self.engine.by_shim, self.runtime.is_runc()) {
+            (false, true) => Judge::NAME,
+            (false, false) => self.runtime.name(),
+            (true, true) => "io.containerd.runc.v2",
+            (true, false) => "io.containerd.runvm.v2",
+        }
     }
 
     /// The client with these words, separated by blanks.

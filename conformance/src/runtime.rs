@@ -76,10 +76,9 @@ pub struct Available {
 }
 
 impl Available {
-    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set, no TCG when `RUNVM_WITHOUT_TCG` is. By its own shim
-    /// runvm can be driven where that was built.
-    pub fn find(by_shim: bool) -> Result<Self> {
-        if !runvm_is_tested()? || (by_shim && !shim().exists()) {
+    /// Asks `runvm check`; nothing when `RUNVM_ONLY_RUNC` is set, no TCG when `RUNVM_WITHOUT_TCG` is.
+    pub fn find() -> Result<Self> {
+        if !runvm_is_tested()? {
             return Ok(Self::default());
         }
         let kvm = accelerator(&Runtime::Kvm.program())?.starts_with("kvm");
@@ -101,9 +100,10 @@ pub fn runvm_is_tested() -> Result<bool> {
     if asked("RUNVM_ONLY_RUNC") {
         return Ok(false);
     }
-    let program = Runtime::Kvm.program();
-    if !program.exists() {
-        bail!("there is no {}: run `make build`, or set RUNVM_DIST or RUNVM_ONLY_RUNC=1", program.display());
+    for program in [Runtime::Kvm.program(), shim()] {
+        if !program.exists() {
+            bail!("there is no {}: run `make build`, or set RUNVM_DIST or RUNVM_ONLY_RUNC=1", program.display());
+        }
     }
     Ok(true)
 }

@@ -55,6 +55,11 @@ impl<H> Case<H> {
         self
     }
 
+    /// Its name.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
     fn wants<E>(&self, suite: &Suite<E, H>, runtime: Runtime) -> bool {
         // The shim takes its options from the engine's environment: one engine has one accelerator.
         let engine = suite.engine;
@@ -96,7 +101,7 @@ where
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     arguments.test_threads.get_or_insert((2 * processors).clamp(2, 4));
 
-    let available = Available::find(suite.shim)?;
+    let available = Available::find()?;
     if arguments.list {
         let trials = trials(&suite, available, |_, _| Ok(()));
         return Ok(libtest_mimic::run(&arguments, trials).exit_code());

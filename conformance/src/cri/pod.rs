@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use k8s_cri::v1::{self, ContainerState};
 use tempfile::TempDir;
 
@@ -154,8 +154,8 @@ impl Cri {
 impl Handle for Cri {
     fn close(self) -> Result<()> {
         for pod in self.list()? {
-            self.stop_pod(&pod.id).with_context(|| self.engine.last_words())?;
-            self.remove_pod(&pod.id).with_context(|| self.engine.last_words())?;
+            let removed = self.stop_pod(&pod.id).and_then(|()| self.remove_pod(&pod.id));
+            removed.map_err(|error| anyhow!("{error:#}\n{}", self.engine.last_words()))?;
         }
         self.remove_cgroups()
     }

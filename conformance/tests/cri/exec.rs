@@ -173,9 +173,7 @@ fn a_port_is_forwarded(c: &Cri) -> Result<Outcome> {
     container.until("netstat -tln | grep 127.0.0.1:8080")?;
     let request = v1::PortForwardRequest { pod_sandbox_id: pod.id.clone(), port: vec![8080] };
     let url = c.client().call(async |mut c| c.port_forward(request).await)?.url;
-    let answer = Forwarded::open(&url, 8080)?.ask(b"GET /page HTTP/1.0\r\n\r\n", "hello");
-    let answer = answer.unwrap_or_else(|error| error.to_string());
-    let answer = answer.lines().next().unwrap_or_default();
-    ensure!(!c.runtime().is_runc() || answer == "HTTP/1.1 200 OK", "{answer}");
-    Ok(Outcome::new().see("answer", answer))
+    let answer = Forwarded::open(&url, 8080)?.ask(b"GET /page HTTP/1.0\r\n\r\n", "hello")?;
+    ensure!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+    Ok(Outcome::new().see("answer", answer.lines().next().unwrap_or_default()))
 }

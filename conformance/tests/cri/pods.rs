@@ -20,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case<Cri>> {
         case!(three_containers_in_any_order).only_on(crate::MOST),
         case!(a_container_is_started_again),
         case!(stopping_a_pod_ends_its_containers),
+        case!(a_pod_is_stopped_as_soon_as_it_runs),
         case!(removing_a_pod_removes_what_runs_in_it),
         case!(a_container_that_cannot_start_leaves_the_pod_alone),
         case!(several_pods_at_once).only_on(crate::MOST),
@@ -158,6 +159,17 @@ fn stopping_a_pod_ends_its_containers(c: &Cri) -> Result<Outcome> {
     }
     ensure!(created.start().is_err(), "a container started in a pod that was stopped");
     Ok(outcome)
+}
+
+fn a_pod_is_stopped_as_soon_as_it_runs(c: &Cri) -> Result<Outcome> {
+    for _ in 0..10 {
+        let pod = c.pod()?;
+        let container = pod.start("main", SLEEP)?;
+        pod.stop()?;
+        expect_equal("exit code", container.status()?.exit_code, 137)?;
+        pod.remove()?;
+    }
+    Ok(Outcome::new().see("pods", c.list()?.len()))
 }
 
 fn removing_a_pod_removes_what_runs_in_it(c: &Cri) -> Result<Outcome> {

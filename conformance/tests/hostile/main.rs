@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     run_inside(&scripts, |enclosure| {
         let mut arguments = Arguments::from_args();
         arguments.test_threads.get_or_insert(AT_ONCE);
-        let tested = Available::find(false)?.kvm;
+        let tested = Available::find()?.kvm;
         let cases: Vec<Case> = [life::cases(), templates::cases(), files::cases()].into_iter().flatten().collect();
         if arguments.list {
             let trials = cases.into_iter().map(|case| trial(case.name, tested, || Ok(())));

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
         let mut arguments = Arguments::from_args();
         // The programs mostly wait, and look at their containers once a second.
         arguments.test_threads.get_or_insert(4);
-        let available = Available::find(false)?;
+        let available = Available::find()?;
         let stage = Arc::new(Stage::new(enclosure)?);
         if arguments.list {
             return Ok(libtest_mimic::run(&arguments, stage.trials(available)).exit_code());
