@@ -245,17 +245,17 @@ impl Pod {
         done
     }
 
-    /// Removes what is left of a container that has ended, or was never started. Of a VM that is gone nothing is left.
-    ///
-    /// # Errors
-    /// [`Error::Agent`] for one that runs.
-    pub async fn delete(&self, id: &str) -> Result<()> {
+    /// Removes what is left of a container that has ended, or was never started. A guest that does not let go of it keeps
+    /// nobody from forgetting it: what it holds goes with its VM.
+    pub async fn delete(&self, id: &str) {
         match self.agent.delete_container(id).await {
-            Err(error) if !error.is_end_of_guest() && !error.is_not_found() => return Err(error.into()),
+            Err(error) if !error.is_end_of_guest() && !error.is_not_found() => {
+                tracing::warn!("the guest keeps what is left of container {id}: {}", sentence(&error));
+            }
             _ => {}
         }
         let member = self.members.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
-        let Some(member) = member else { return Ok(()) };
+        let Some(member) = member else { return };
         self.files.take_out(&self.agent, &member.places).await;
         for hook in member.hooks.poststop().clone().unwrap_or_default() {
             // One that fails keeps neither the others nor the container's end from happening.
@@ -263,7 +263,6 @@ impl Pod {
                 tracing::warn!("{}", sentence(&error));
             }
         }
-        Ok(())
     }
 
     /// What is to be told of an agent's error: the channel ends when the VM does, and then the VM's end is the better story.

@@ -330,11 +330,14 @@ impl Tasks {
         for exec in container.execs() {
             exec.release();
         }
-        container.pod.delete(&container.id).await?;
+        container.pod.delete(&container.id).await;
         if container.mounted {
             mounts::unmount_all(&container.bundle.join("rootfs"))?;
         }
-        lock(&self.containers).remove(&container.id);
+        if lock(&self.containers).remove(&container.id).is_none() {
+            // containerd lost patience and asked again, and the other request has told of it.
+            return Ok(());
+        }
         self.events.publish(&TaskDelete {
             container_id: container.id.clone(),
             pid: response.pid,
