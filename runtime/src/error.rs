@@ -65,6 +65,17 @@ pub enum Error {
         /// What it is instead.
         status: Status,
     },
+    /// `create` of a pod's second container.
+    #[error(
+        "the pod {pod} has the container {other} already: containers in VMs of their own cannot share a pod's \
+         namespaces, give each a pod"
+    )]
+    PodTaken {
+        /// The pod.
+        pod: String,
+        /// Who is in it.
+        other: String,
+    },
     /// `resume` of a container that is not paused.
     #[error("container not paused")]
     NotPaused,

@@ -3,6 +3,7 @@
 //! Loading proves what can be proved before anything is made, so that a mistake is answered with the name of the
 //! field. [`split`] then takes the specification apart into what the host does and what the guest is told.
 
+pub mod lone_member;
 pub mod mount_points;
 mod namespaces;
 mod split;
@@ -104,7 +105,7 @@ impl Bundle {
     pub fn load_as(path: &Path, membership: Membership) -> Result<Self, BundleError> {
         let path = path.canonicalize().map_err(|source| BundleError::Read { path: path.to_owned(), source })?;
         let config = path.join("config.json");
-        let spec = read_spec(&config)?;
+        let mut spec = read_spec(&config)?;
         let field = |field: &str, problem: String| BundleError::Field {
             path: config.clone(),
             field: field.to_owned(),
@@ -122,6 +123,9 @@ impl Bundle {
         }
         let root = spec.root().as_ref().ok_or_else(|| field("root", "is missing".into()))?;
         let rootfs = rootfs(&path, root.path()).map_err(|problem| field("root.path", problem))?;
+        if membership == Membership::Alone && lone_member::is_one(&spec) {
+            lone_member::settle(&mut spec).map_err(|problem| field("linux.namespaces", problem))?;
+        }
         let bundle = Self { path, rootfs, spec };
         namespaces::check(&bundle, membership)?;
         unsupported::check(&bundle)?;

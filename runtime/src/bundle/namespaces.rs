@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
-use super::{Bundle, BundleError, Membership};
+use super::{Bundle, BundleError, Membership, lone_member};
 use crate::network::namespace;
 
 /// Where a container's network namespace comes from.
@@ -86,14 +86,15 @@ fn check_network(bundle: &Bundle) -> Result<(), BundleError> {
         NetworkNamespace::Existing(path) if namespace::is_current(&path).unwrap_or(false) => {
             Err(host_network(bundle, "asks for the host's network namespace"))
         }
-        NetworkNamespace::Existing(path) if is_of_a_process(&path) => Err(bundle.field(
-            "linux.namespaces",
-            format!(
-                "asks for the network namespace {} of another container (`--network container:`): two containers \
+        NetworkNamespace::Existing(path) if is_of_a_process(&path) && !lone_member::is_one(&bundle.spec) => Err(bundle
+            .field(
+                "linux.namespaces",
+                format!(
+                    "asks for the network namespace {} of another container (`--network container:`): two containers \
                  in VMs of their own cannot share one, give each a network",
-                path.display()
-            ),
-        )),
+                    path.display()
+                ),
+            )),
         _ => Ok(()),
     }
 }

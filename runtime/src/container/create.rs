@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::process::Child;
 
-use crate::bundle::{self, Bundle};
+use crate::bundle::{self, Bundle, lone_member};
 use crate::error::{Error, Result};
 use crate::host::cgroup::Cgroup;
 use crate::host::hooks;
 use crate::log;
 use crate::monitor::{Globals, Launched};
-use crate::state::{Container, Phase, Record};
+use crate::state::{Container, Phase, Record, Status};
 
 /// What `create` is asked for.
 #[derive(Clone, Debug)]
@@ -48,13 +48,12 @@ pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     bundle::mount_points::make(&bundle)?;
     bundle::remark(&bundle.spec);
     let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
-    let launched = launch(globals, options, &bundle, &mut container).and_then(|mut launched| {
-        match bring_up(options, &bundle, &mut container, &mut launched) {
-            Ok(()) => Ok(launched),
-            Err(error) => {
-                launched.kill();
-                Err(error)
-            }
+    let launched = expect_vacancy(globals, &container).and_then(|()| launch(globals, options, &bundle, &mut container));
+    let launched = launched.and_then(|mut launched| match bring_up(options, &bundle, &mut container, &mut launched) {
+        Ok(()) => Ok(launched),
+        Err(error) => {
+            launched.kill();
+            Err(error)
         }
     });
     match launched {
@@ -77,6 +76,17 @@ fn check_terminal(bundle: &Bundle, options: &Create) -> Result<()> {
             Err(Error::Usage("--console-socket is given, but process.terminal in config.json is not true".to_owned()))
         }
         _ => Ok(()),
+    }
+}
+
+/// A pod's namespaces, the network's above all, are those of one VM.
+fn expect_vacancy(globals: &Globals, container: &Container) -> Result<()> {
+    let Some(pod) = lone_member::pod_of(&container.record.annotations) else { return Ok(()) };
+    let others = Container::list(&globals.root)?.into_iter().filter(|other| other.record.id != container.record.id);
+    let mut neighbours = others.filter(|other| lone_member::pod_of(&other.record.annotations) == Some(pod));
+    match neighbours.find(|other| other.status() != Status::Stopped) {
+        None => Ok(()),
+        Some(other) => Err(Error::PodTaken { pod: pod.to_owned(), other: other.record.id }),
     }
 }
 

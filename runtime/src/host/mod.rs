@@ -3,6 +3,7 @@
 mod block_io;
 pub mod cgroup;
 pub mod hooks;
+pub mod hostname;
 pub mod idle;
 pub mod oom;
 pub mod process;

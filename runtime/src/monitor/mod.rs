@@ -17,7 +17,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
-use crate::host::{oom, terminal};
+use crate::host::{hostname, oom, terminal};
 use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
@@ -84,6 +84,9 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     let guest = bundle::split(&bundle, &options.id)?;
     let namespace = bundle.network_namespace();
     single_threaded(async { Ok(namespace::take_up(&namespace).await.map_err(SandboxError::from)?) })?;
+    if let Some(name) = bundle.spec.hostname() {
+        hostname::adopt(name).map_err(Error::system("take the container's host name"))?;
+    }
     let terminal = match &options.console_socket {
         Some(socket) if bundle.terminal() => Some(controlling_terminal(socket.clone())?),
         _ => None,
