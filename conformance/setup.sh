@@ -8,9 +8,11 @@ set -euo pipefail
 
 packages=(
     docker.io containerd runc            # the engines, and the runtime that judges every test first
+    podman conmon catatonit              # the one without a daemon, what watches for it, and the init that it gives
+    netavark aardvark-dns                # its network
     iptables iproute2                    # dockerd's network, the suites' own bridge and addresses
     containernetworking-plugins          # the network of pods
-    busybox-static debootstrap catatonit # the images
+    busybox-static debootstrap           # the images
     procps                               # `docker top` runs the host's ps
     qemu-system-x86                      # the machine that has an ordinary KVM
 )

@@ -18,14 +18,14 @@ packages_for() {
     run) echo qemu-system-x86 ;;
     # clippy builds the suites too, and with them the CRI's messages.
     lint) echo shellcheck protobuf-compiler ;;
-    # The engines, the networks that dockerd and CNI make, what the images are made of,
-    # the ps that `docker top` runs, the machine that has an ordinary KVM, the second
+    # The engines with their networks and their init, what the images are made of, the
+    # ps that `docker top` runs, the machine that has an ordinary KVM, the second
     # runtime that the OCI's programs run against, libFuzzer's compiler, and that of
     # the CRI's messages.
     # conformance/setup.sh installs what those programs are built with itself.
     test)
-        echo docker.io containerd runc iptables iproute2 containernetworking-plugins busybox-static debootstrap \
-            catatonit procps qemu-system-x86 crun g++ protobuf-compiler
+        echo docker.io containerd runc podman conmon netavark aardvark-dns catatonit iptables iproute2 \
+            containernetworking-plugins busybox-static debootstrap procps qemu-system-x86 crun g++ protobuf-compiler
         ;;
     fuzz) echo g++ ;;
     bench) echo crun runsc ;;

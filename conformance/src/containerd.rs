@@ -1,6 +1,5 @@
 //! A private containerd, and the handle that its cases get: by runc's shim or by runvm's own.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -71,7 +70,7 @@ impl Ctr {
     pub fn open(engine: &Arc<Engine>, runtime: Runtime) -> Result<Self> {
         let program = match runtime {
             Runtime::Runc | Runtime::Kvm => runtime.program(),
-            Runtime::Tcg => script(&engine.folder, runtime)?,
+            Runtime::Tcg => runtime.script(&engine.folder)?,
         };
         Ok(Self::choose(engine, ("--runc-binary", program)))
     }
@@ -120,19 +119,6 @@ impl Ctr {
         cmd.ok()?;
         Ok(Task { ctr: self, id })
     }
-}
-
-/// A program that calls a runtime with its options, for a place that takes a program only.
-fn script(folder: &Path, runtime: Runtime) -> Result<PathBuf> {
-    let path = folder.join(runtime.name());
-    if !path.exists() {
-        let text = format!("#!/bin/sh\nexec {} {} \"$@\"\n", runtime.program().display(), runtime.options().join(" "));
-        let draft = folder.join(format!("{}-{}", runtime.name(), next_number()));
-        std::fs::write(&draft, text)?;
-        std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755))?;
-        std::fs::rename(&draft, &path)?;
-    }
-    Ok(path)
 }
 
 impl Handle for Ctr {

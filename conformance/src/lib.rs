@@ -19,6 +19,7 @@ pub mod judge;
 pub mod machine;
 pub mod nameserver;
 pub mod outcome;
+pub mod podman;
 pub mod runtime;
 pub mod suite;
 pub mod tap;

@@ -1,11 +1,13 @@
 //! The runtimes under test.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use crate::Cmd;
+use crate::suite::next_number;
 
 /// A runtime, and for runvm the accelerator it is told to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +48,19 @@ impl Runtime {
             Self::Kvm => &["--accel", "kvm"],
             Self::Tcg => &["--accel", "tcg"],
         }
+    }
+
+    /// A program in `folder` that calls it with its options, for a place that takes a program only.
+    pub fn script(self, folder: &Path) -> Result<PathBuf> {
+        let path = folder.join(self.name());
+        if !path.exists() {
+            let text = format!("#!/bin/sh\nexec {} {} \"$@\"\n", self.program().display(), self.options().join(" "));
+            let draft = folder.join(format!("{}-{}", self.name(), next_number()));
+            std::fs::write(&draft, text)?;
+            std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755))?;
+            std::fs::rename(&draft, &path)?;
+        }
+        Ok(path)
     }
 
     /// Whether this is runc.
