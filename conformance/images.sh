@@ -2,19 +2,20 @@
 # Builds the root file systems that the suites, the benchmark and the demo run,
 # from the distribution's packages alone: no image registry is needed.
 #
-#   conformance/images.sh busybox|debian|pause
+#   conformance/images.sh busybox|debian|docker|pause
 #
 # Prints the path of a tar of the root file system (for `docker import`, or to
 # unpack as a bundle's rootfs). It is kept in the cache under a hash of what
 # went into it, so that only the first call builds.
 set -euo pipefail
 
-name=${1:?usage: conformance/images.sh busybox|debian|pause}
+name=${1:?usage: conformance/images.sh busybox|debian|docker|pause}
 cache=${RUNVM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/runvm}/images
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# What the Debian image has on top of debootstrap's minbase.
+# What the Debian images have on top of debootstrap's minbase.
 debian_packages=(python3 nodejs iproute2 iptables)
+docker_packages=(docker.io containerd runc iptables)
 
 versions() {
     apt-cache policy "$@" | awk '/^[^ ]/ { name = $1 } /Candidate:/ { print name, $2 }'
@@ -26,8 +27,9 @@ inputs() {
     busybox) versions busybox-static ;;
     pause) versions catatonit ;;
     debian) versions base-files libc6 "${debian_packages[@]}" ;;
+    docker) versions base-files libc6 "${docker_packages[@]}" ;;
     *)
-        echo "conformance/images.sh: no image is called '$name': say busybox, debian or pause" >&2
+        echo "conformance/images.sh: no image is called '$name': say busybox, debian, docker or pause" >&2
         exit 1
         ;;
     esac
@@ -64,10 +66,20 @@ build_pause() {
 }
 
 build_debian() {
+    bootstrap "$1" "${debian_packages[@]}"
+}
+
+# An engine of its own.
+build_docker() {
+    bootstrap "$1" "${docker_packages[@]}"
+}
+
+# Debian's minbase with more packages, in a folder.
+bootstrap() {
     local include site codename
     include=$(
         IFS=,
-        echo "${debian_packages[*]}"
+        echo "${*:2}"
     )
     read -r site codename < <(mirror)
     debootstrap --variant=minbase --include="$include" "$codename" "$1" "$site" >&2

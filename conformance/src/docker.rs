@@ -235,6 +235,12 @@ impl Docker {
         Ok(self.run_image(image::DEBIAN, options, command))
     }
 
+    /// `docker run --rm` of the image with an engine in it.
+    pub fn run_docker(&self, options: &str, command: &[&str]) -> Result<Cmd> {
+        self.engine.load(image::DOCKER)?;
+        Ok(self.run_image(image::DOCKER, options, command))
+    }
+
     /// `docker run --detach`: a container that stays until the case ends.
     pub fn start(&self, options: &str, command: &[&str]) -> Result<Container<'_>> {
         let id = self.create_or_run("run --detach", image::BUSYBOX, options, command).ok()?.text().to_owned();

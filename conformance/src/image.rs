@@ -19,6 +19,8 @@ pub const DEBIAN: &str = "debian";
 
 /// What holds a pod's namespaces, alone.
 pub const PAUSE: &str = "pause";
+/// Debian with Docker's daemon.
+pub const DOCKER: &str = "docker";
 
 /// How long the OCI's programs may take to build, where the suite did not build them before.
 const BUILD_LIMIT: Duration = Duration::from_secs(600);

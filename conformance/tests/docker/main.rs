@@ -3,6 +3,7 @@
 mod exec;
 mod exit_codes;
 mod lifecycle;
+mod nested;
 mod network;
 mod programs;
 mod resources;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         &["setup.sh"],
         &["images.sh", "busybox"],
         &["images.sh", "debian"],
+        &["images.sh", "docker"],
         &["later.sh", "sid", "docker.io", "docker-cli", "containerd"],
     ];
     run_inside(scripts, |enclosure| {
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case<Docker>> {
         exec::cases(),
         exit_codes::cases(),
         lifecycle::cases(),
+        nested::cases(),
         network::cases(),
         programs::cases(),
         resources::cases(),
