@@ -237,14 +237,14 @@ fn nothing_of_the_host_is_in_reach(pid: i32, id: &str) -> Result<()> {
         ensure!(of(&pid.to_string())? != of("self")?, "it is in our namespace {namespace}");
     }
     let root = fs::read_dir(format!("/proc/{pid}/root"))?.map(|entry| Ok(entry?.file_name()));
-    expect_equal("its file system", root.collect::<std::io::Result<Vec<_>>>()?, vec![id.into()])?;
+    expect_equal("its file system", root.collect::<std::io::Result<Vec<_>>>()?, vec!["rootfs".into()])?;
     for descriptor in fs::read_dir(format!("/proc/{pid}/fd"))? {
         // What has been closed since is of no interest.
         let Ok(target) = fs::read_link(descriptor?.path()) else { continue };
-        let ours = Path::new("/").join(id);
+        let ours = Path::new("/rootfs").join(id);
         let known = !target.is_absolute()
             || target.starts_with(ours)
-            || ["/", "/dev/null"].iter().any(|known| target == Path::new(known));
+            || ["/", "/rootfs", "/dev/null"].iter().any(|known| target == Path::new(known));
         ensure!(known, "{} is open", target.display());
     }
     Ok(())
