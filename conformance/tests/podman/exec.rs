@@ -1,5 +1,7 @@
 //! `podman exec`, and looking into a container from outside.
 
+use std::path::Path;
+
 use anyhow::{Result, ensure};
 use conformance::podman::Podman;
 use conformance::suite::expect_equal;
@@ -16,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case<Podman>> {
         case!(top_shows_processes),
         case!(stats_tell_of_use),
         case!(copy_in_before_and_out_after),
+        case!(copy_in_and_out_while_it_runs),
         case!(diff_and_commit_see_what_was_written),
         case!(export_holds_what_was_written),
     ]
@@ -105,6 +108,21 @@ fn copy_in_before_and_out_after(p: &Podman) -> Result<Outcome> {
     let from_host = p.file("in", "from the host")?;
     p.podman("cp").arg(&from_host).arg(format!("{}:/tmp/in", container.id)).ok()?;
     let inside = container.podman("start --attach").run()?;
+    let to_host = p.folder().join("out");
+    p.podman("cp").arg(format!("{}:/tmp/out", container.id)).arg(&to_host).ok()?;
+    let outside = std::fs::read_to_string(to_host)?;
+    expect_equal("what was copied", (inside.text(), outside.trim()), ("from the host", "from inside"))?;
+    Ok(Outcome::new().see_output("inside", &inside).see("outside", outside))
+}
+
+/// Podman enters the mount namespace of who stands for the container, whose root must be the container's.
+fn copy_in_and_out_while_it_runs(p: &Podman) -> Result<Outcome> {
+    let container = p.start("", &["sleep", "1000"])?;
+    let (from_host, name) = (p.file("in", "from the host")?, p.name("copied"));
+    p.podman("cp").arg(&from_host).arg(format!("{}:/tmp/{name}", container.id)).ok()?;
+    let inside = container.exec("", &["cat", &format!("/tmp/{name}")]).run()?;
+    ensure!(!Path::new("/tmp").join(name).exists(), "it was copied to the host's /tmp");
+    container.exec_sh("", "echo from inside >/tmp/out").ok()?;
     let to_host = p.folder().join("out");
     p.podman("cp").arg(format!("{}:/tmp/out", container.id)).arg(&to_host).ok()?;
     let outside = std::fs::read_to_string(to_host)?;

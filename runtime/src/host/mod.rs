@@ -7,6 +7,7 @@ pub mod hostname;
 pub mod idle;
 pub mod oom;
 pub mod process;
+pub mod stand_in;
 pub mod terminal;
 
 /// The ID of the host's current boot.

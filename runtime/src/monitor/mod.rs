@@ -17,7 +17,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
-use crate::host::{hostname, oom, terminal};
+use crate::host::{hostname, oom, stand_in, terminal};
 use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
@@ -94,7 +94,11 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to the creator"))?;
     owner.await_go().map_err(Error::system("wait for the creator"))?;
     log::stage("hooks done");
-    single_threaded(run(options, &bundle, guest, terminal, owner))
+    let work = |stands: io::Result<()>| {
+        stands.map_err(Error::system("stand before the container's root"))?;
+        single_threaded(run(options, &bundle, guest, terminal, owner))
+    };
+    stand_in::behind(&bundle.rootfs, work).map_err(Error::system("start a thread"))?
 }
 
 /// Each stream of each exec is two descriptors here, and who calls runvm by hand may have as few as 1024.

@@ -1,0 +1,63 @@
+//! The root that is found through what stands for a container on the host.
+//!
+//! Engines enter the mount namespace of that process, as they may with a runc's: Podman does so to copy files into and out
+//! of a running container. Without a namespace of its own they would find the host's root there, and write to it.
+
+use std::io;
+use std::path::Path;
+use std::sync::mpsc;
+
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, mount_change, unmount};
+use rustix::process::{chdir, pivot_root};
+use rustix::thread::UnshareFlags;
+
+/// Does `work` on a thread of its own, while the calling one, which has to be the process's first, has nothing but
+/// `rootfs` for its files. `work` begins when that is so, keeps the host's files, and is given what failed.
+pub fn behind<T: Send>(rootfs: &Path, work: impl FnOnce(io::Result<()>) -> T + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let (tell, told) = mpsc::channel();
+        let worker = std::thread::Builder::new().spawn_scoped(scope, move || {
+            work(told.recv().unwrap_or_else(|_| Err(io::Error::other("nobody changed the root"))))
+        })?;
+        // Who does not listen has ended, which is seen next.
+        let _ = tell.send(change_root(rootfs));
+        worker.join().map_err(|_| io::Error::other("the thread that does the work ended"))
+    })
+}
+
+fn change_root(rootfs: &Path) -> io::Result<()> {
+    // SAFETY: the table of descriptors is not among the flags; the root and the folder become this thread's own.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
+    mount_bind_recursive(rootfs, rootfs)?;
+    chdir(rootfs)?;
+    // Puts the host's root on top of the new one, from where it is taken away: no mount of the host's is kept busy.
+    pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    Ok(chdir("/")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_find_the_root_and_the_work_the_hosts_files() {
+        let rootfs = tempfile::tempdir().unwrap();
+        std::fs::write(rootfs.path().join("inside"), "").unwrap();
+        let standing = std::thread::scope(|scope| {
+            let standing = scope.spawn(|| {
+                let tid = rustix::thread::gettid().as_raw_nonzero();
+                behind(rootfs.path(), |changed| {
+                    changed.unwrap();
+                    let root = format!("/proc/self/task/{tid}/root");
+                    let mounts = std::fs::read_to_string(format!("/proc/self/task/{tid}/mountinfo")).unwrap();
+                    let found = Path::new(&root).join("inside").exists();
+                    (found, mounts.lines().count(), rootfs.path().join("inside").exists())
+                })
+            });
+            standing.join().unwrap().unwrap()
+        });
+        assert_eq!(standing, (true, 1, true));
+    }
+}
