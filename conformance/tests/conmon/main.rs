@@ -16,6 +16,6 @@ use conformance::suite::{Suite, run};
 fn main() -> ExitCode {
     let cases = [exec::cases(), life::cases()].into_iter().flatten().collect();
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
-        run(Suite { name: "conmon", cases, open: Hand::open }, || Workshop::open(enclosure))
+        run(Suite { name: "conmon", engine: "", shim: false, cases, open: Hand::open }, || Workshop::open(enclosure))
     })
 }

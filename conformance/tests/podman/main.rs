@@ -16,7 +16,13 @@ use conformance::suite::{Suite, run};
 fn main() -> ExitCode {
     let cases = [exec::cases(), life::cases(), limits::cases(), network::cases(), pods::cases(), surroundings::cases()];
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
-        let suite = Suite { name: "podman", cases: cases.into_iter().flatten().collect(), open: Podman::open };
+        let suite = Suite {
+            name: "podman",
+            engine: "",
+            shim: false,
+            cases: cases.into_iter().flatten().collect(),
+            open: Podman::open,
+        };
         run(suite, || Engine::start(enclosure))
     })
 }

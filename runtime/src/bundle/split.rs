@@ -13,7 +13,7 @@ use crate::share::{Export, FRESH};
 const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
 /// The guest's part of a bundle.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct GuestSpec {
     /// The specification for the agent: each path in it is the guest's.
     pub spec: Spec,

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arbitrary::{Result, Unstructured};
-use runvm::agent::{Agent, AgentError, Descriptors, Relay};
+use runvm::agent::{Agent, AgentError, Descriptors};
+use runvm::bundle::GuestSpec;
 use runvm::sandbox::guest_log;
 use runvm::vmm::{ByteStream, Channel};
 use runvm_protocol::dns::Message;
@@ -79,8 +80,8 @@ async fn live(agent: &Agent) -> std::result::Result<(), AgentError> {
     let boot = Duration::from_secs(60);
     let booted = timeout(boot, agent.configure_sandbox(wire::ConfigureSandboxRequest::default()));
     booted.await.unwrap_or(Ok(()))?;
-    let (relay, stdio) = Relay::open(agent, "key", descriptors().map_err(AgentError::Channel)?, true).await?;
-    agent.create_container(wire::CreateContainerRequest { stdio: Some(stdio).into(), ..Default::default() }).await?;
+    let descriptors = descriptors().map_err(AgentError::Channel)?;
+    let relay = agent.make_container("id", &GuestSpec::default(), None, descriptors).await?;
     agent.start_container("id").await?;
     let relay = relay.start();
     let ended = timeout(boot, agent.wait_process("id", ""));

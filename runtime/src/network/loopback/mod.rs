@@ -2,7 +2,7 @@
 //!
 //! The programs of a pod listen on the guest's loopback, and engines connect to the namespace's: that is how
 //! containerd forwards ports. The kernel hands every TCP connection to 127.0.0.1 and ::1 there, whatever its port, to one
-//! socket of ours ([`steer`]), and each goes on as a stream to the agent, which connects to that port in the guest.
+//! socket of ours (`steer`), and each goes on as a stream to the agent, which connects to that port in the guest.
 //! Who can connect there is in the namespace on the host already; the guest can open nothing by this.
 
 mod steer;
