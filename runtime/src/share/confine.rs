@@ -11,7 +11,7 @@ use nix::libc;
 use nix::sys::resource::{Resource, setrlimit};
 use runvm_vmm::confinement::FILE_CAPABILITIES;
 use rustix::process::{DumpableBehavior, Signal};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 
 use super::SetupError;
@@ -60,6 +60,9 @@ pub(super) fn restrict_system_calls() -> Result<(), SetupError> {
 }
 
 fn drop_capabilities() -> rustix::io::Result<()> {
+    // Who makes a file as one of the guest's users keeps them: that user may be root of a user namespace in the guest, whose
+    // kernel has decided already.
+    rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
     rustix::thread::clear_ambient_capability_set()?;
     for capability in CapabilitySet::all().difference(FILE_CAPABILITIES).iter() {
         match rustix::thread::remove_capability_from_bounding_set(capability) {
