@@ -246,6 +246,9 @@ pub struct CreateArgs {
     /// File that gets the PID of the process that stands for the container.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Socket that gets a descriptor (pidfd) of the process that stands for the container.
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// Accepted for runc's sake: in the guest pivot_root always works.
     #[arg(long)]
     no_pivot: bool,
@@ -266,7 +269,13 @@ impl CreateArgs {
     /// [`Error::Usage`] for what a VM cannot have.
     pub fn into_create(self) -> Result<Create> {
         refuse_descriptors(self.preserve_fds)?;
-        Ok(Create { id: self.id, bundle: self.bundle, console_socket: self.console_socket, pid_file: self.pid_file })
+        Ok(Create {
+            id: self.id,
+            bundle: self.bundle,
+            console_socket: self.console_socket,
+            pid_file: self.pid_file,
+            pidfd_socket: self.pidfd_socket,
+        })
     }
 }
 
@@ -323,6 +332,9 @@ pub struct ExecArgs {
     /// File that gets the PID of the process that stands for it.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Socket that gets a descriptor (pidfd) of the process that stands for it.
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// Cgroup below the container's, which has to be there.
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
@@ -377,12 +389,18 @@ impl ExecArgs {
             cgroup,
             detach: self.detach,
             pid_file: self.pid_file,
+            pidfd_socket: self.pidfd_socket,
             console_socket: self.console_socket,
         })
     }
 }
 
+/// An engine's environment may carry what systemd told the engine, so that is no more than remarked.
 fn refuse_descriptors(count: u32) -> Result<()> {
+    if let Some(count) = std::env::var_os("LISTEN_FDS").filter(|count| count != "0") {
+        let count = count.display();
+        tracing::warn!("LISTEN_FDS={count} is not followed: a descriptor of the host cannot reach a guest");
+    }
     match count {
         0 => Ok(()),
         _ => Err(Error::Usage(format!(

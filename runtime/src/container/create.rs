@@ -22,6 +22,8 @@ pub struct Create {
     pub console_socket: Option<PathBuf>,
     /// Where the monitor's PID is written.
     pub pid_file: Option<PathBuf>,
+    /// The socket that gets a descriptor of the monitor.
+    pub pidfd_socket: Option<PathBuf>,
 }
 
 /// A created container, as its creator holds it.
@@ -113,10 +115,9 @@ fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launch
     container.record.helpers = launched.go(&[])?;
     container.record.phase = Phase::Created;
     container.save()?;
-    match &options.pid_file {
-        Some(path) => super::write_pid_file(path, launched.identity.pid),
-        None => Ok(()),
-    }
+    let pid = launched.identity.pid;
+    options.pidfd_socket.as_ref().map_or(Ok(()), |socket| super::send_pidfd(socket, pid))?;
+    options.pid_file.as_ref().map_or(Ok(()), |path| super::write_pid_file(path, pid))
 }
 
 /// The hooks that belong between the making of the namespaces and the container's.

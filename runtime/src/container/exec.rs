@@ -64,6 +64,8 @@ pub struct Exec {
     pub detach: bool,
     /// Where the proxy's PID is written.
     pub pid_file: Option<PathBuf>,
+    /// The socket that gets a descriptor of the proxy.
+    pub pidfd_socket: Option<PathBuf>,
     /// The socket that gets the terminal's master.
     pub console_socket: Option<PathBuf>,
 }
@@ -86,22 +88,24 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
         return Err(Error::Usage("a detached process with a terminal needs --console-socket".to_owned()));
     }
     if !options.detach && options.console_socket.is_none() {
-        if let Some(path) = &options.pid_file {
-            super::write_pid_file(path, std::process::id())?;
-        }
+        tell_of(options, std::process::id())?;
         return foreground(&container, &process, &options.cgroup);
     }
     let mut launched = launch(globals, options)?;
     launched.await_ready()?;
-    if let Some(path) = &options.pid_file {
-        super::write_pid_file(path, launched.identity.pid)?;
-    }
+    tell_of(options, launched.identity.pid)?;
     launched.go(&to_json(&Parcel { process, cgroup: options.cgroup.clone() })?)?;
     if options.detach {
         return Ok(0);
     }
     let status = launched.child.wait().map_err(Error::system("wait for the process"))?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX))
+}
+
+/// Says which process is the proxy.
+fn tell_of(options: &Exec, pid: u32) -> Result<()> {
+    options.pidfd_socket.as_ref().map_or(Ok(()), |socket| super::send_pidfd(socket, pid))?;
+    options.pid_file.as_ref().map_or(Ok(()), |path| super::write_pid_file(path, pid))
 }
 
 /// The process that is wanted, in full.

@@ -7,13 +7,14 @@ mod exec;
 mod pause;
 mod update;
 
-use std::fs;
+use std::os::fd::AsFd as _;
 use std::path::Path;
+use std::{fs, io};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 
 use crate::error::{Error, Result};
-use crate::host::hooks;
+use crate::host::{descriptor, hooks};
 use crate::monitor::{Globals, KILL_SENT, connect, single_threaded};
 use crate::state::{Container, Phase, Status};
 use pause::Guest;
@@ -115,6 +116,16 @@ fn oci_state_as(container: &Container, status: Status) -> Result<Vec<u8>> {
         annotations: &record.annotations,
     };
     serde_json::to_vec(&state).map_err(|error| Error::system("write the state")(error))
+}
+
+/// Hands a descriptor of a process to the engine, which then need not trust in its PID.
+fn send_pidfd(socket: &Path, pid: u32) -> Result<()> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| io::Error::other("the process has no PID"));
+    let sent = pid.and_then(|pid| {
+        let descriptor = pidfd_open(pid, PidfdFlags::empty())?;
+        descriptor::send(socket, descriptor.as_fd(), b"pidfd")
+    });
+    sent.map_err(Error::file("send a descriptor to --pidfd-socket", socket))
 }
 
 /// Writes a PID for the engine: whole, or not at all.

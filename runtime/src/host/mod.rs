@@ -2,6 +2,7 @@
 
 mod block_io;
 pub mod cgroup;
+pub mod descriptor;
 pub mod hooks;
 pub mod hostname;
 pub mod idle;

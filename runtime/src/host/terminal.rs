@@ -1,14 +1,13 @@
 //! Terminals of the host: the pair that an engine gets its half of over `--console-socket`, and the user's own.
 
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+
+use super::descriptor;
 
 /// Rows and columns of a terminal; zero where none are known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,20 +36,8 @@ pub fn for_engine(console_socket: &Path) -> io::Result<OwnedFd> {
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC;
     let slave = rustix::fs::open(name.as_c_str(), flags, rustix::fs::Mode::empty())?;
     make_raw(&slave)?;
-    let socket = UnixStream::connect(console_socket)?;
-    send_descriptor(&socket, master.as_fd(), name.as_bytes())?;
+    descriptor::send(console_socket, master.as_fd(), name.as_bytes())?;
     Ok(slave)
-}
-
-fn send_descriptor(socket: &UnixStream, descriptor: BorrowedFd<'_>, name: &[u8]) -> io::Result<()> {
-    let descriptors = [descriptor];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(io::Error::other("a descriptor does not fit into the message to the console socket"));
-    }
-    sendmsg(socket, &[IoSlice::new(name)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
 }
 
 fn make_raw(terminal: impl AsFd) -> io::Result<Termios> {
@@ -95,6 +82,7 @@ mod tests {
     use super::*;
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     use std::io::{IoSliceMut, Read as _, Write as _};
+    use std::mem::MaybeUninit;
     use std::os::unix::net::UnixListener;
 
     #[test]
