@@ -12,6 +12,8 @@ program=$(../packaging/cargo-static.sh runvm-agent)
 
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
+# It becomes the guest's root, through which the root of a user namespace has to find its way too.
+chmod 755 "$root"
 install -D "$program" "$root/init"
 mkdir -p "$root"/{dev,proc,root,run,sys}
 mknod -m 600 "$root/dev/console" c 5 1

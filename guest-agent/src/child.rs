@@ -42,30 +42,52 @@ pub(crate) fn fork_into(
     keep: &[BorrowedFd<'_>],
     work: impl FnOnce() -> i32,
 ) -> io::Result<Pid> {
+    let mut arguments = arguments(place.namespaces);
+    arguments.flags |= CLONE_INTO_CGROUP;
+    arguments.cgroup = u64::from(place.cgroup.as_raw_fd().cast_unsigned());
+    let fork = || clone3(&arguments, || apart(log, keep, work));
+    match place.pid_namespace {
+        Some(other) => bear_into(other, fork),
+        None => fork(),
+    }
+}
+
+/// Runs `work` in a copy of this process that keeps everything and is born in new namespaces.
+pub(crate) fn split_into(namespaces: libc::c_int, work: impl FnOnce() -> i32) -> io::Result<Pid> {
+    clone3(&arguments(namespaces), work)
+}
+
+/// As [`split_into`], for a copy of PID 1: its copy is a child of PID 1 too.
+pub(crate) fn split_beside(namespaces: libc::c_int, work: impl FnOnce() -> i32) -> io::Result<Pid> {
+    let mut arguments = arguments(namespaces | libc::CLONE_PARENT);
+    // It is that of the calling process.
+    arguments.exit_signal = 0;
+    clone3(&arguments, work)
+}
+
+fn arguments(flags: libc::c_int) -> libc::clone_args {
     // SAFETY: nothing in it has to be anything but zero.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::from(place.namespaces.cast_unsigned()) | CLONE_INTO_CGROUP;
+    arguments.flags = u64::from(flags.cast_unsigned());
     arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
-    arguments.cgroup = u64::from(place.cgroup.as_raw_fd().cast_unsigned());
+    arguments
+}
+
+fn clone3(arguments: &libc::clone_args, work: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: without memory in common this is fork(2), and the agent has one thread. What the C library knows of
     // the process that may not be so any more, its number, it only uses to abort.
-    let fork = || unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
-    let forked = match place.pid_namespace {
-        Some(other) => bear_into(other, fork)?,
-        None => fork(),
-    };
-    continue_as(forked, || apart(log, keep, work))
+    let forked = unsafe { libc::syscall(libc::SYS_clone3, arguments, size_of::<libc::clone_args>()) };
+    continue_as(forked, work)
 }
 
 /// Has a copy be born into the PID namespace of another process (a pidfd), and later ones into this process's own again.
-fn bear_into(other: BorrowedFd<'_>, fork: impl FnOnce() -> libc::c_long) -> io::Result<libc::c_long> {
+fn bear_into(other: BorrowedFd<'_>, fork: impl FnOnce() -> io::Result<Pid>) -> io::Result<Pid> {
     let own = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
     move_into_thread_name_spaces(other, ThreadNameSpaceType::PROCESS_ID)?;
+    // The copy does not come back from it.
     let forked = fork();
-    if forked != 0 {
-        move_into_thread_name_spaces(own.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
-    }
-    Ok(forked)
+    move_into_thread_name_spaces(own.as_fd(), ThreadNameSpaceType::PROCESS_ID)?;
+    forked
 }
 
 fn apart(log: OwnedFd, keep: &[BorrowedFd<'_>], work: impl FnOnce() -> i32) -> i32 {
@@ -98,6 +120,12 @@ fn continue_as(forked: libc::c_long, work: impl FnOnce() -> i32) -> io::Result<P
 pub(crate) fn exit(code: i32) -> ! {
     // SAFETY: it does not return, and runs nothing of the process that this one is a copy of.
     unsafe { libc::_exit(code) }
+}
+
+/// Closes a descriptor in a copy of PID 1, to which it is lent: whoever waits for its end is to see it.
+pub(crate) fn let_go(descriptor: &OwnedFd) {
+    // SAFETY: nothing in this copy uses it any more, and the copy never returns to where it would be closed again.
+    unsafe { libc::close(descriptor.as_raw_fd()) };
 }
 
 /// Closes every file but stdio and the given.

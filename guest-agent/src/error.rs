@@ -8,6 +8,7 @@ use ttrpc::error::get_rpc_status;
 use crate::container::spec::SpecError;
 use crate::network::NetworkError;
 use crate::stdio::{NotHeld, StdioError};
+use crate::user_namespace::UserNamespaceError;
 
 /// The failure of a request. Sentences that engines match on are runc's.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,8 @@ pub(crate) enum RequestError {
     Program(String),
     #[error(transparent)]
     Network(#[from] NetworkError),
+    #[error(transparent)]
+    UserNamespace(#[from] UserNamespaceError),
     #[error("cannot {step}: {source}")]
     System { step: String, source: io::Error },
 }
@@ -76,7 +79,7 @@ impl RequestError {
             | Self::NoTerminal => Code::FAILED_PRECONDITION,
             Self::Identifier(_) | Self::Signal(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
             Self::Program(sentence) => program_code(sentence),
-            Self::Network(_) | Self::System { .. } => Code::INTERNAL,
+            Self::Network(_) | Self::UserNamespace(_) | Self::System { .. } => Code::INTERNAL,
         }
     }
 }

@@ -19,6 +19,7 @@ mod serial;
 mod service;
 mod stdio;
 mod sync;
+mod user_namespace;
 mod vsock;
 
 use std::convert::Infallible;

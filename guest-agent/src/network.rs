@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use futures::TryStreamExt as _;
 use rtnetlink::packet_route::address::AddressHeaderFlags;
@@ -10,6 +11,7 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::route::RouteScope;
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use runvm_protocol::agent::{ConfigureNetworkRequest, Interface, Neighbour, Route};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// The kernel's first interface.
 const LOOPBACK: u32 = 1;
@@ -49,6 +51,17 @@ pub(crate) async fn configure(request: &ConfigureNetworkRequest) -> Result<(), N
     configured
 }
 
+/// Takes every device of the guest, and the agent, into another network namespace.
+pub(crate) async fn move_into(namespace: BorrowedFd<'_>) -> Result<(), NetworkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Connection)?;
+    let connection = tokio::spawn(connection);
+    let moved = Network { handle }.move_devices(namespace).await;
+    connection.abort();
+    moved?;
+    move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
+        .map_err(|errno| NetworkError::Connection(errno.into()))
+}
+
 struct Network {
     handle: Handle,
 }
@@ -68,6 +81,15 @@ impl Network {
         }
         for neighbour in &request.neighbours {
             self.add_neighbour(neighbour).await?;
+        }
+        Ok(())
+    }
+
+    async fn move_devices(&self, namespace: BorrowedFd<'_>) -> Result<(), NetworkError> {
+        // Each namespace has a loopback of its own.
+        for link in self.links().await?.iter().filter(|link| link.index != LOOPBACK) {
+            let change = LinkUnspec::new_with_index(link.index).setns_by_fd(namespace.as_raw_fd()).build();
+            self.set(change, || format!("move {}", link.name)).await?;
         }
         Ok(())
     }

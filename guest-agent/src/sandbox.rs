@@ -15,6 +15,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::time::{ClockId, Timespec};
 
 use crate::error::RequestError;
+use crate::user_namespace::UserNamespace;
 use crate::{log, network};
 
 /// As much as the kernel's pool takes in.
@@ -23,8 +24,8 @@ const MAX_ENTROPY: usize = 512;
 /// How far ahead the share's files are read: each request is a round to the host, which has them in memory.
 const READ_AHEAD_KB: &str = "512";
 
-/// Prepares the guest for its containers.
-pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Result<(), RequestError> {
+/// Prepares the guest for its containers; the user namespace that they have, if any.
+pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Result<Option<UserNamespace>, RequestError> {
     if !request.hostname.is_empty() {
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(RequestError::system("set the host name"))?;
     }
@@ -34,13 +35,17 @@ pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Resul
     if !request.entropy.is_empty() {
         add_entropy(&request.entropy).map_err(RequestError::system("credit the host's entropy"))?;
     }
+    let user_namespace = match request.uid_mappings.is_empty() {
+        true => None,
+        false => Some(UserNamespace::make(&request.uid_mappings, &request.gid_mappings).await?),
+    };
     // Loopback is there whatever network follows.
     network::configure(&agent::ConfigureNetworkRequest::new()).await?;
     for share in &request.shares {
         mount_share(share).map_err(RequestError::system(format!("mount the share {:?}", share.tag)))?;
     }
     log::stage("share mounted");
-    Ok(())
+    Ok(user_namespace)
 }
 
 /// Makes the memory that containers share, unless it is there.

@@ -29,7 +29,14 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureSandboxRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        to_its_end(async move { sandbox::configure(&request).await.map(empty) }).await
+        let containers = self.containers.clone();
+        to_its_end(async move {
+            if let Some(user_namespace) = sandbox::configure(&request).await? {
+                containers.use_user_namespace(user_namespace);
+            }
+            Ok(agent::Empty::new())
+        })
+        .await
     }
 
     async fn configure_network(

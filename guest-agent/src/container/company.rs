@@ -1,21 +1,35 @@
 //! What a container shares with others of the guest: the containers of a pod have some namespaces in common.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::io::Result;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+
+use crate::user_namespace::UserNamespace;
 
 /// The namespaces that a container does not have to itself.
 pub(super) struct Company {
     namespaces: ThreadNameSpaceType,
     /// The process that is in them; none where they are the guest's own.
     sandbox: Option<OwnedFd>,
+    /// The guest's one, of which all containers are that have any.
+    user_namespace: Option<Arc<UserNamespace>>,
 }
 
 impl Company {
     /// The namespaces of a process (a pidfd), or the guest's own.
-    pub(super) fn new(namespaces: ThreadNameSpaceType, sandbox: Option<OwnedFd>) -> Self {
-        Self { namespaces, sandbox }
+    pub(super) fn new(
+        namespaces: ThreadNameSpaceType,
+        sandbox: Option<OwnedFd>,
+        user_namespace: Option<Arc<UserNamespace>>,
+    ) -> Self {
+        Self { namespaces, sandbox, user_namespace }
+    }
+
+    /// The user namespace, if the container has one.
+    pub(super) fn user_namespace(&self) -> Option<&Arc<UserNamespace>> {
+        self.user_namespace.as_ref()
     }
 
     /// Which they are.

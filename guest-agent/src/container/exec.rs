@@ -16,12 +16,13 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use tokio::io::AsyncReadExt as _;
 
 use super::cgroup::Cgroup;
-use super::process::{self, Stdio, child_log, console, failed, hear, let_go, receive_file, report, tell};
-use super::program;
-use crate::child;
+use super::process::{self, Stdio, child_log, console, failed, hear, receive_file, report, tell};
+use super::{priority, program};
+use crate::child::{self, let_go};
 use crate::error::RequestError;
 use crate::log;
 use crate::reaper::{Exit, Reaper};
+use crate::user_namespace::become_root;
 
 /// What a process needs to get into a container.
 pub(super) struct Door {
@@ -127,7 +128,12 @@ fn join(door: &Door, visitor: &Visitor) -> Result<(), String> {
         path => join_below(door, path).map_err(failed(&format!("join the cgroup {path:?} below the container's")))?,
     }
     process::limit(&visitor.process)?;
-    move_into_thread_name_spaces(door.init.as_fd(), door.namespaces).map_err(failed("join the container's namespaces"))
+    move_into_thread_name_spaces(door.init.as_fd(), door.namespaces)
+        .map_err(failed("join the container's namespaces"))?;
+    if door.namespaces.contains(ThreadNameSpaceType::USER) {
+        become_root().map_err(failed("become root of the container's user namespace"))?;
+    }
+    Ok(())
 }
 
 /// A container that manages cgroups of its own has no processes in its topmost: then it is where its first process is.
@@ -160,6 +166,7 @@ fn finish(door: &Door, process: &Process, stdio: &Stdio, reports: &Reports) -> i
 }
 
 fn become_program(door: &Door, process: &Process, stdio: &Stdio, reports: &Reports) -> Result<Infallible, String> {
+    priority::set(process)?;
     rustix::process::setsid().map_err(failed("start a session"))?;
     process::connect(stdio, reports.console.as_fd(), process, false)?;
     process::settle(process, door.seccomp.as_ref())?;

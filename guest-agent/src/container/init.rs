@@ -14,12 +14,13 @@ use libcontainer::hooks;
 use libcontainer::oci_spec::runtime::{Linux, LinuxPersonalityDomain, Process, Spec};
 use libcontainer::utils::parse_env;
 use rustix::fs::{Mode, OFlags};
-use rustix::thread::{ThreadNameSpaceType, UnshareFlags};
+use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use super::company::Company;
-use super::process::{self, Stdio, failed, let_go, tell};
+use super::process::{self, Stdio, failed, tell};
 use super::{clocks, priority, program, rootfs, sysctl};
-use crate::child;
+use crate::child::{self, let_go};
+use crate::user_namespace::become_root;
 
 /// personality(2): programs see a machine of 32 bits.
 const PER_LINUX32: libc::c_ulong = 8;
@@ -32,18 +33,53 @@ pub(super) struct Reins {
     pub(super) report: OwnedFd,
     pub(super) go: OwnedFd,
     pub(super) console: OwnedFd,
+    /// Where a process that precedes it tells its number.
+    pub(super) number: OwnedFd,
 }
 
-/// The namespaces that the process is born in, as flags of clone(2). That of cgroups has to wait until it is in its
-/// cgroup, and that of time until its clocks are set.
+/// The namespaces that the process is born in, as flags of clone(2). That of users is there already, that of cgroups has
+/// to wait until it is in its cgroup, and that of time until its clocks are set.
 pub(super) fn birth_namespaces(linux: &Linux, company: &Company) -> libc::c_int {
-    let later = ThreadNameSpaceType::CONTROL_GROUP | ThreadNameSpaceType::TIME;
-    let namespaces = process::namespaces(linux).difference(later | company.namespaces());
+    let others = ThreadNameSpaceType::USER | ThreadNameSpaceType::CONTROL_GROUP | ThreadNameSpaceType::TIME;
+    let namespaces = process::namespaces(linux).difference(others | company.namespaces());
     namespaces.bits().cast_signed()
+}
+
+/// The life of the process that has to precede the first one where that has a user namespace: its other namespaces are to
+/// be made by one who is in it. The limits are set before, as there they could only be lowered.
+pub(super) fn precede(
+    user_namespace: BorrowedFd<'_>,
+    namespaces: libc::c_int,
+    spec: &Spec,
+    reins: &Reins,
+    life: impl FnOnce() -> i32,
+) -> i32 {
+    let preceded = limit(spec).and_then(|()| {
+        move_into_link_name_space(user_namespace, Some(LinkNameSpaceType::User))
+            .map_err(failed("enter the user namespace"))?;
+        // Through a file of the guest's root, which this one is no more from the next step on.
+        shift_clocks(spec)?;
+        become_root().map_err(failed("become root of the user namespace"))?;
+        let first = child::split_beside(namespaces, || {
+            let_go(&reins.number);
+            life()
+        });
+        let number = first.map_err(failed("start a process"))?.as_raw_nonzero().get().to_be_bytes();
+        rustix::io::write(&reins.number, &number).map(drop).map_err(failed("report the process"))
+    });
+    preceded.map_or_else(|sentence| tell(&reins.report, &sentence), |()| 0)
 }
 
 /// The process's life up to its program; its exit code, should it not come so far.
 pub(super) fn live(id: &str, spec: &Spec, company: &Company, stdio: &Stdio, reins: &Reins) -> i32 {
+    match limit(spec).and_then(|()| shift_clocks(spec)) {
+        Ok(()) => live_within(id, spec, company, stdio, reins),
+        Err(sentence) => tell(&reins.report, &sentence),
+    }
+}
+
+/// The same, of one that has its limits and clocks.
+pub(super) fn live_within(id: &str, spec: &Spec, company: &Company, stdio: &Stdio, reins: &Reins) -> i32 {
     let process = match prepare(spec, company, stdio, &reins.console) {
         Ok(process) => process,
         Err(sentence) => return tell(&reins.report, &sentence),
@@ -59,16 +95,18 @@ pub(super) fn live(id: &str, spec: &Spec, company: &Company, stdio: &Stdio, rein
     }
 }
 
+fn limit(spec: &Spec) -> Result<(), String> {
+    process::limit(spec.process().as_ref().ok_or("process is missing")?)
+}
+
+fn shift_clocks(spec: &Spec) -> Result<(), String> {
+    spec.linux().as_ref().map_or(Ok(()), clocks::shift)
+}
+
 fn prepare<'a>(spec: &'a Spec, company: &Company, stdio: &Stdio, console: &OwnedFd) -> Result<&'a Process, String> {
     let process = spec.process().as_ref().ok_or("process is missing")?;
     let linux = spec.linux().as_ref().ok_or("linux is missing")?;
-    process::limit(process)?;
-    if let Some(priority) = process.io_priority() {
-        priority::set_io(priority).map_err(failed("set process.ioPriority"))?;
-    }
-    if let Some(scheduler) = process.scheduler() {
-        priority::set_scheduler(scheduler).map_err(failed("set process.scheduler"))?;
-    }
+    priority::set(process)?;
     rustix::process::setsid().map_err(failed("start a session"))?;
     company.join().map_err(failed("join the namespaces of the sandbox"))?;
     enter_namespaces(spec, linux)?;
@@ -90,7 +128,7 @@ fn prepare<'a>(spec: &'a Spec, company: &Company, stdio: &Stdio, console: &Owned
     Ok(process)
 }
 
-/// What is left of the namespaces: those of cgroups and time, names, and parameters of the kernel that belong to one.
+/// What is left of the namespaces: that of cgroups, names, and parameters of the kernel that belong to one.
 fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
     let own = process::namespaces(linux);
     if own.contains(ThreadNameSpaceType::CONTROL_GROUP) {
@@ -105,7 +143,6 @@ fn enter_namespaces(spec: &Spec, linux: &Linux) -> Result<(), String> {
     if let Some(name) = spec.domainname() {
         rustix::system::setdomainname(name.as_bytes()).map_err(failed("set domainname"))?;
     }
-    clocks::shift(linux)?;
     linux.sysctl().as_ref().map_or(Ok(()), sysctl::set)
 }
 

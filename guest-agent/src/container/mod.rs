@@ -5,9 +5,11 @@ mod clocks;
 mod company;
 mod copy_up;
 mod create;
+mod delegation;
 pub(crate) mod devices;
 mod exec;
 mod init;
+mod nodes;
 mod priority;
 mod process;
 mod program;
@@ -21,7 +23,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use libcontainer::oci_spec::runtime::{LinuxMemory, Process as ProcessSpec, Spec};
 use runvm_protocol::agent;
@@ -32,12 +34,14 @@ use self::cgroup::Cgroup;
 use self::company::Company;
 use self::create::Starter;
 use self::exec::{Door, Visitor};
+use self::nodes::Nodes;
 use self::process::Stdio;
-use self::spec::GuestSpec;
+use self::spec::{GuestSpec, SpecError};
 use crate::error::RequestError;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Attached, HeldStreams, Pipes, Streams, Terminal, hang_up, window};
 use crate::sync::lock;
+use crate::user_namespace::UserNamespace;
 use crate::{log, sandbox};
 
 /// With so many processes known, those that have ended are forgotten: a container may be checked by one every few
@@ -48,6 +52,7 @@ const MAX_EXECS: usize = 256;
 pub(crate) struct Containers {
     reaper: Reaper,
     held: HeldStreams,
+    user_namespace: OnceLock<Arc<UserNamespace>>,
     /// `None` for one that is being made.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
 }
@@ -55,6 +60,9 @@ pub(crate) struct Containers {
 /// One container, from its creation to its deletion.
 struct Container {
     cgroup: Cgroup,
+    user_namespace: Option<Arc<UserNamespace>>,
+    /// The devices that it could not make for itself.
+    _nodes: Option<Nodes>,
     starter: Starter,
     door: Door,
     init: Process,
@@ -80,7 +88,13 @@ struct Process {
 
 impl Containers {
     pub(crate) fn new(reaper: Reaper, held: HeldStreams) -> Self {
-        Self { reaper, held, containers: Mutex::default() }
+        Self { reaper, held, user_namespace: OnceLock::new(), containers: Mutex::default() }
+    }
+
+    /// Has the containers that ask for a user namespace be in this one.
+    pub(crate) fn use_user_namespace(&self, user_namespace: UserNamespace) {
+        // The guest is set up once.
+        let _ = self.user_namespace.set(Arc::new(user_namespace));
     }
 
     /// Creates a container, up to its program. Returns the number of its first process.
@@ -112,17 +126,23 @@ impl Containers {
 
     async fn make(&self, id: &str, request: &agent::CreateContainerRequest) -> Result<Container, RequestError> {
         let cgroup = Cgroup::of(id);
-        let GuestSpec { spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
-        let company = self.company(request)?;
+        let GuestSpec { mut spec, net_sysctls } = GuestSpec::parse(&request.spec, cgroup.relative())?;
+        let company = self.company(request, &spec)?;
         if request.shared_memory > 0 {
             sandbox::share_memory(request.shared_memory)?;
         }
         sandbox::see_files(&spec);
+        let nodes = match company.user_namespace() {
+            Some(namespace) => Nodes::make(id, &mut spec, namespace),
+            None => Ok(None),
+        };
+        let nodes = nodes.map_err(RequestError::system("make linux.devices"))?;
         let streams = Streams::take(&self.held, &request.stdio).await?;
         // The guest's network is the container's.
         sysctl::set(&net_sysctls).map_err(RequestError::Program)?;
         let first = self.first_process(id, &cgroup, &spec, &company, &request.stdio, streams).await;
-        let made = first.and_then(|(init, starter)| Container::around(init, starter, &spec, &cgroup));
+        let around = |(init, starter)| Container::around(init, starter, &spec, &cgroup, &company, nodes);
+        let made = first.and_then(around);
         match &made {
             Ok(container) if company.has_pid_namespace() => container.end_with_first_process(),
             Ok(_) => {}
@@ -134,13 +154,13 @@ impl Containers {
     }
 
     /// Whose namespaces a new container shares.
-    fn company(&self, request: &agent::CreateContainerRequest) -> Result<Company, RequestError> {
+    fn company(&self, request: &agent::CreateContainerRequest, spec: &Spec) -> Result<Company, RequestError> {
         let namespaces = process::shared_namespaces(&request.shared_namespaces)?;
         let sandbox = match request.sandbox_id.as_str() {
             "" => None,
             id => Some(self.find(id)?.door.first_process().map_err(RequestError::system("share its namespaces"))?),
         };
-        Ok(Company::new(namespaces, sandbox))
+        Ok(Company::new(namespaces, sandbox, self.user_namespace_for(spec)?))
     }
 
     async fn first_process(
@@ -159,7 +179,7 @@ impl Containers {
             let process = adopt_terminal(streams, created.init, &created.exit, created.master)?;
             return Ok((process, created.starter));
         }
-        let (pipes, ends) = pipes_for(&streams, &process)?;
+        let (pipes, ends) = pipes_for(&streams, &process, company.user_namespace())?;
         let created = create::create(&self.reaper, id, cgroup, spec, company, Stdio::Pipes(ends)).await?;
         let attached = |streams| Attached::pipes(streams, pipes, &created.exit);
         Ok((adopt(streams, created.init, &created.exit, attached)?, created.starter))
@@ -275,7 +295,7 @@ impl Containers {
             }
             execs.insert(exec_id.to_owned(), None);
         }
-        let entered = self.further_process(&container.door, &visitor, &request.stdio, streams).await;
+        let entered = self.further_process(&container, &visitor, &request.stdio, streams).await;
         let mut execs = lock(&container.execs);
         execs.remove(exec_id);
         let process = entered?;
@@ -286,18 +306,19 @@ impl Containers {
 
     async fn further_process(
         &self,
-        door: &Door,
+        container: &Container,
         visitor: &Visitor,
         stdio: &agent::Stdio,
         streams: Streams,
     ) -> Result<Process, RequestError> {
+        let Container { door, user_namespace, .. } = container;
         let process = &visitor.process;
         if process.terminal().unwrap_or_default() {
             let terminal = Stdio::Terminal(size_of(stdio, process));
             let entered = exec::enter(&self.reaper, door, visitor, terminal).await?;
             return adopt_terminal(streams, entered.pid, &entered.exit, entered.master);
         }
-        let (pipes, ends) = pipes_for(&streams, process)?;
+        let (pipes, ends) = pipes_for(&streams, process, user_namespace.as_ref())?;
         let entered = exec::enter(&self.reaper, door, visitor, Stdio::Pipes(ends)).await?;
         adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
     }
@@ -333,6 +354,17 @@ impl Containers {
         terminal.resize(window(request.rows, request.columns)).map_err(RequestError::system("size the terminal"))
     }
 
+    /// The user namespace that the specification asks for.
+    fn user_namespace_for(&self, spec: &Spec) -> Result<Option<Arc<UserNamespace>>, SpecError> {
+        let Some(linux) = spec.linux() else { return Ok(None) };
+        if !process::namespaces(linux).contains(ThreadNameSpaceType::USER) {
+            return Ok(None);
+        }
+        let (uids, gids) = (spec::mappings(linux.uid_mappings()), spec::mappings(linux.gid_mappings()));
+        let own = self.user_namespace.get().filter(|namespace| namespace.maps(&uids, &gids));
+        own.cloned().map(Some).ok_or(SpecError::UserNamespace)
+    }
+
     fn find(&self, id: &str) -> Result<Arc<Container>, RequestError> {
         lock(&self.containers).get(id).cloned().flatten().ok_or(RequestError::NoContainer)
     }
@@ -340,7 +372,14 @@ impl Containers {
 
 impl Container {
     /// The container of a first process that waits to become its program.
-    fn around(init: Process, starter: Starter, spec: &Spec, cgroup: &Cgroup) -> Result<Self, RequestError> {
+    fn around(
+        init: Process,
+        starter: Starter,
+        spec: &Spec,
+        cgroup: &Cgroup,
+        company: &Company,
+        nodes: Option<Nodes>,
+    ) -> Result<Self, RequestError> {
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
@@ -350,7 +389,8 @@ impl Container {
         let door = Door::new(init.pid, namespaces, cgroup.clone(), seccomp)
             .map_err(RequestError::system("open the container's first process"))?;
         let (phase, paused, execs) = (Mutex::new(Phase::Created), AtomicBool::new(false), Mutex::default());
-        Ok(Self { cgroup: cgroup.clone(), starter, door, init, phase, paused, execs })
+        let (cgroup, user_namespace) = (cgroup.clone(), company.user_namespace().cloned());
+        Ok(Self { cgroup, user_namespace, _nodes: nodes, starter, door, init, phase, paused, execs })
     }
 
     /// Ends all its processes when the first one has ended, as the kernel does where that is the first of a PID namespace.
@@ -434,9 +474,16 @@ fn adopt_terminal(streams: Streams, pid: Pid, exit: &Exit, master: Option<OwnedF
     adopt(streams, pid, exit, |streams| Ok(Attached::terminal(streams, terminal, exit)))
 }
 
-fn pipes_for(streams: &Streams, process: &ProcessSpec) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
-    let user = process.user();
-    Pipes::new(streams, user.uid(), user.gid()).map_err(RequestError::system("make the process's pipes"))
+fn pipes_for(
+    streams: &Streams,
+    process: &ProcessSpec,
+    user_namespace: Option<&Arc<UserNamespace>>,
+) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
+    let user = (process.user().uid(), process.user().gid());
+    // That a user namespace does not have the user is for the process to say.
+    let outside = user_namespace.and_then(|namespace| namespace.outside(user.0, user.1));
+    let (uid, gid) = outside.unwrap_or(user);
+    Pipes::new(streams, uid, gid).map_err(RequestError::system("make the process's pipes"))
 }
 
 /// The first size of a terminal: the host's terminal's, else the specification's.

@@ -1,17 +1,29 @@
-//! How a container's first process shares the processors and disks of the guest.
+//! How a container's processes share the processors and disks of the guest.
 
 use std::io;
 
 use libcontainer::oci_spec::runtime::{
-    IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, Scheduler,
+    IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, LinuxSchedulerPolicy, Process, Scheduler,
 };
+
+use super::process::failed;
 
 /// ioprio_set(2): one process, and where the class is in the number.
 const IOPRIO_WHO_PROCESS: libc::c_int = 1;
 const IOPRIO_CLASS_SHIFT: u32 = 13;
 
-/// Sets `process.ioPriority` of the calling process.
-pub(super) fn set_io(priority: &LinuxIOPriority) -> io::Result<()> {
+/// Sets what the process asks for, for the calling one.
+pub(super) fn set(process: &Process) -> Result<(), String> {
+    if let Some(priority) = process.io_priority() {
+        set_io(priority).map_err(failed("set process.ioPriority"))?;
+    }
+    if let Some(scheduler) = process.scheduler() {
+        set_scheduler(scheduler).map_err(failed("set process.scheduler"))?;
+    }
+    Ok(())
+}
+
+fn set_io(priority: &LinuxIOPriority) -> io::Result<()> {
     let class = match priority.class() {
         IOPriorityClass::IoprioClassRt => 1,
         IOPriorityClass::IoprioClassBe => 2,
@@ -22,8 +34,8 @@ pub(super) fn set_io(priority: &LinuxIOPriority) -> io::Result<()> {
     done(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, number) })
 }
 
-/// Sets `process.scheduler` of the calling process: sched_setattr(2).
-pub(super) fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
+/// sched_setattr(2).
+fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
     let policy = match scheduler.policy() {
         LinuxSchedulerPolicy::SchedOther => libc::SCHED_OTHER,
         LinuxSchedulerPolicy::SchedFifo => libc::SCHED_FIFO,

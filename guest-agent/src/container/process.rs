@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd as _, OwnedFd};
 
 use libcontainer::capabilities;
 use libcontainer::oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process};
@@ -206,12 +206,6 @@ pub(super) fn tell(report: &OwnedFd, sentence: &dyn fmt::Display) -> i32 {
         let _ = File::from(report).write_all(sentence.to_string().as_bytes());
     }
     1
-}
-
-/// Closes a descriptor in a copy of PID 1, to which it is lent: whoever waits for its end is to see it.
-pub(super) fn let_go(descriptor: &OwnedFd) {
-    // SAFETY: nothing in this copy uses it any more, and the copy never returns to where it would be closed again.
-    unsafe { libc::close(descriptor.as_raw_fd()) };
 }
 
 /// What a process has said at its report's end.

@@ -12,9 +12,10 @@ use libcontainer::syscall::syscall::create_syscall;
 use rustix::fs::statvfs;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_bind_recursive, mount_remount};
+use rustix::thread::ThreadNameSpaceType;
 
 use super::copy_up::Covered;
-use super::process::failed;
+use super::process::{self, failed};
 use super::program::describe;
 use super::propagation;
 
@@ -25,7 +26,9 @@ pub(super) fn enter(spec: &Spec, linux: &Linux) -> Result<(), String> {
     let mut mounts = Cow::Borrowed(spec);
     let covered = Covered::find(&mut mounts, root).map_err(failed("look at what a tmpfs covers"))?;
     let file_systems = RootFS::new();
-    file_systems.prepare_rootfs(&mounts, root, false, true).map_err(failed("prepare the root file system"))?;
+    // In a user namespace nobody may make a device.
+    let binds_devices = process::namespaces(linux).contains(ThreadNameSpaceType::USER);
+    file_systems.prepare_rootfs(&mounts, root, binds_devices, true).map_err(failed("prepare the root file system"))?;
     covered.iter().try_for_each(|covered| covered.copy_up(root)).map_err(failed("copy for a mount with tmpcopyup"))?;
     create_syscall().pivot_rootfs(root).map_err(failed("enter the root file system"))?;
     propagation::set(spec)?;

@@ -9,9 +9,10 @@ use std::path::Path;
 use std::{fs, os::unix::fs::MetadataExt as _};
 
 use libcontainer::oci_spec::runtime::{
-    Arch, Hooks, Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxMemory, LinuxNamespace,
+    Arch, Hooks, Linux, LinuxCapabilities, LinuxDevice, LinuxDeviceType, LinuxIdMapping, LinuxMemory, LinuxNamespace,
     LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, LinuxSeccomp, LinuxSeccompAction, Mount, Process, Spec,
 };
+use runvm_protocol::agent::IdMapping;
 
 /// A parameter that a kernel of 64 bits has if it runs programs of 32.
 const KERNEL_RUNS_32_BIT: &str = "/proc/sys/abi/vsyscall32";
@@ -27,6 +28,8 @@ pub(crate) enum SpecError {
     Unsupported(&'static str),
     #[error("{field} cannot be {value:?}: {reason}")]
     Invalid { field: &'static str, value: String, reason: &'static str },
+    #[error("linux.uidMappings and linux.gidMappings are not those of the guest's user namespace")]
+    UserNamespace,
 }
 
 /// A specification that libcontainer can follow, and what it leaves to the agent.
@@ -65,20 +68,26 @@ impl GuestSpec {
     }
 }
 
+/// The IDs of a user namespace, as the host has told them too.
+pub(crate) fn mappings(of: &Option<Vec<LinuxIdMapping>>) -> Vec<IdMapping> {
+    let mapping = |mapping: &LinuxIdMapping| IdMapping {
+        container_id: mapping.container_id(),
+        host_id: mapping.host_id(),
+        size: mapping.size(),
+        ..Default::default()
+    };
+    of.iter().flatten().map(mapping).collect()
+}
+
 /// Reads the process of an exec.
 pub(crate) fn parse_process(json: &[u8]) -> Result<Process, SpecError> {
-    let mut process = serde_json::from_slice(json).map_err(|source| SpecError::Parse { what: "process", source })?;
+    let mut process: Process =
+        serde_json::from_slice(json).map_err(|source| SpecError::Parse { what: "process", source })?;
     adapt_process(&mut process)?;
-    for (present, field) in [
-        (process.io_priority().is_some(), "process.ioPriority"),
-        (process.scheduler().is_some(), "process.scheduler"),
-        (process.exec_cpu_affinity().is_some(), "process.execCPUAffinity"),
-    ] {
-        if present {
-            return Err(SpecError::Unsupported(field));
-        }
+    match process.exec_cpu_affinity() {
+        Some(_) => Err(SpecError::Unsupported("process.execCPUAffinity")),
+        None => Ok(process),
     }
-    Ok(process)
 }
 
 /// Reads the limits of an update.
@@ -201,9 +210,6 @@ fn adapt_namespaces(mut namespaces: Vec<LinuxNamespace>) -> Result<Vec<LinuxName
         return Err(SpecError::Unsupported("linux.namespaces: path"));
     }
     let has = |wanted| namespaces.iter().any(|namespace| namespace.typ() == wanted);
-    if has(LinuxNamespaceType::User) {
-        return Err(SpecError::Unsupported("linux.namespaces: user"));
-    }
     if !has(LinuxNamespaceType::Mount) {
         return Err(SpecError::Missing("linux.namespaces: mount"));
     }
@@ -358,7 +364,6 @@ mod tests {
         };
         assert!(refused("/linux/intelRdt", json!({})).contains("linux.intelRdt"));
         assert!(refused("/linux/resources/rdma", json!({"a": {"hcaHandles": 1}})).contains("linux.resources.rdma"));
-        assert!(refused("/linux/namespaces", json!([{"type": "mount"}, {"type": "user"}])).contains("user"));
         assert!(refused("/linux/namespaces", json!([{"type": "pid"}])).contains("mount"));
         assert!(refused("/linux/namespaces", json!([{"type": "mount", "path": "/x"}])).contains("path"));
         assert!(refused("/hooks", json!({"poststop": [{"path": "/bin/x"}]})).contains("hooks.poststop"));

@@ -3,6 +3,7 @@
 //! Loading proves what can be proved before anything is made, so that a mistake is answered with the name of the
 //! field. [`split`] then takes the specification apart into what the host does and what the guest is told.
 
+mod id_mappings;
 pub mod lone_member;
 pub mod mount_points;
 mod namespaces;
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use thiserror::Error;
+
+use crate::host::user_namespace::IdMappings;
 
 pub use namespaces::NetworkNamespace;
 pub use split::{GuestSpec, guest_path, split};
@@ -128,6 +131,7 @@ impl Bundle {
         }
         let bundle = Self { path, rootfs, spec };
         namespaces::check(&bundle, membership)?;
+        id_mappings::check(&bundle)?;
         unsupported::check(&bundle)?;
         Ok(bundle)
     }
@@ -140,6 +144,11 @@ impl Bundle {
     /// Where the container's network namespace comes from.
     pub fn network_namespace(&self) -> NetworkNamespace {
         namespaces::network(&self.spec)
+    }
+
+    /// The mappings of the container's user namespace, if it has one.
+    pub fn user_namespace(&self) -> Option<IdMappings> {
+        id_mappings::of_container(&self.spec)
     }
 
     /// Whether the process wants a terminal.

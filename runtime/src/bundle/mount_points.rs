@@ -4,11 +4,12 @@
 //! from the start, so they are made here. The root is a stranger's: no link in it leads out of it.
 
 use std::fs::Permissions;
+use std::io;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
 
 use oci_spec::runtime::Mount;
 use pathrs::{InodeType, Root};
+use rustix::fs::{AtFlags, Gid, Uid, chownat};
 
 use super::{Bundle, BundleError, split};
 
@@ -38,24 +39,37 @@ fn is_within_another(mount: &Mount, mounts: &[Mount]) -> bool {
     mounts.iter().any(|other| other.destination() != destination && destination.starts_with(other.destination()))
 }
 
-fn make_one(bundle: &Bundle, mount: &Mount) -> Result<(), pathrs::error::Error> {
-    let root = Root::open(&bundle.rootfs)?;
-    let destination = mount.destination();
-    if root.resolve(destination).is_ok() {
-        return Ok(());
-    }
-    let directory = Permissions::from_mode(0o755);
+fn make_one(bundle: &Bundle, mount: &Mount) -> io::Result<()> {
+    let root = Root::open(&bundle.rootfs).map_err(io::Error::other)?;
+    // The container's root would have made them.
+    let owner = bundle.user_namespace().and_then(|mappings| mappings.root());
     let source = mount.source().as_ref().map(|source| bundle.path.join(source));
-    if split::bind(mount).is_some() && source.is_some_and(|source| source.is_file()) {
-        root.mkdir_all(destination.parent().unwrap_or(Path::new("/")), &directory)?;
-        return root.create(destination, &InodeType::File(Permissions::from_mode(0o644)));
+    let is_file = split::bind(mount).is_some() && source.is_some_and(|source| source.is_file());
+    let ways = mount.destination().ancestors().filter(|way| !way.as_os_str().is_empty());
+    let mut ways: Vec<_> = ways.collect();
+    ways.reverse();
+    for way in ways {
+        if root.resolve(way).is_ok() {
+            continue;
+        }
+        let made = if is_file && way == mount.destination() {
+            root.create(way, &InodeType::File(Permissions::from_mode(0o644))).and_then(|()| root.resolve(way))
+        } else {
+            root.mkdir_all(way, &Permissions::from_mode(0o755))
+        };
+        let made = made.map_err(io::Error::other)?;
+        if let Some((uid, gid)) = owner {
+            chownat(&made, "", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)?;
+        }
     }
-    root.mkdir_all(destination, &directory).map(drop)
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+    use std::path::Path;
 
     fn bundle(dir: &Path, read_only: bool, mounts: &str) -> Bundle {
         let text =
@@ -74,6 +88,19 @@ mod tests {
         assert!(dir.path().join("run/x").is_dir());
         assert!(!dir.path().join("run/x/y").exists());
         assert!(dir.path().join("etc/hosts").is_file());
+    }
+
+    #[test]
+    fn what_is_made_is_of_the_containers_root() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("run")).unwrap();
+        let mut bundle = bundle(dir.path(), true, r#"{"destination":"/run/x/y","type":"tmpfs"}"#);
+        let ids = r#"[{"containerID":0,"hostID":1000,"size":1}]"#;
+        let linux = format!(r#"{{"namespaces":[{{"type":"user"}}],"uidMappings":{ids},"gidMappings":{ids}}}"#);
+        bundle.spec.set_linux(Some(serde_json::from_str(&linux).unwrap()));
+        make(&bundle).unwrap();
+        let owner = |path: &str| std::fs::metadata(dir.path().join(path)).unwrap().uid();
+        assert_eq!((owner("run"), owner("run/x"), owner("run/x/y")), (rustix::process::getuid().as_raw(), 1000, 1000));
     }
 
     #[test]

@@ -99,7 +99,7 @@ fn check_network(bundle: &Bundle) -> Result<(), BundleError> {
     }
 }
 
-/// Refuses a pod that wants to be among the host's processes.
+/// Refuses a pod that wants to be among the host's processes, or other users than the host's.
 fn check_of_pod(bundle: &Bundle) -> Result<(), BundleError> {
     for (kind, word) in [(LinuxNamespaceType::Pid, "hostPID"), (LinuxNamespaceType::Ipc, "hostIPC")] {
         if !has(&bundle.spec, kind) {
@@ -107,19 +107,21 @@ fn check_of_pod(bundle: &Bundle) -> Result<(), BundleError> {
             return Err(bundle.field("linux.namespaces", problem));
         }
     }
+    if has(&bundle.spec, LinuxNamespaceType::User) {
+        let problem = "asks for a user namespace (`hostUsers: false`), which the containers of a pod in a VM have none of: \
+                       leave it out";
+        return Err(bundle.field("linux.namespaces", problem));
+    }
     Ok(())
 }
 
-/// Refuses new namespaces that a guest does not make, and the lack of one that it needs.
+/// Refuses the lack of a namespace that a guest needs.
 fn check_new(bundle: &Bundle) -> Result<(), BundleError> {
-    let problem = if has(&bundle.spec, LinuxNamespaceType::User) {
-        "asks for a user namespace, which a container in a VM has none of: the VM is the wall"
-    } else if !has(&bundle.spec, LinuxNamespaceType::Mount) {
-        "has no mount namespace: a container in a VM cannot use the host's mounts"
-    } else {
-        return Ok(());
-    };
-    Err(bundle.field("linux.namespaces", problem))
+    match has(&bundle.spec, LinuxNamespaceType::Mount) {
+        true => Ok(()),
+        false => Err(bundle
+            .field("linux.namespaces", "has no mount namespace: a container in a VM cannot use the host's mounts")),
+    }
 }
 
 fn host_network(bundle: &Bundle, finding: &str) -> BundleError {
@@ -159,7 +161,7 @@ mod tests {
             (r#"{"type":"network","path":"/proc/self/ns/net"}"#, "--network host"),
             (r#"{"type":"network","path":"/proc/999999999/ns/net"}"#, "--network container:"),
             (r#"{"type":"network"},{"type":"mount"},{"type":"pid","path":"/proc/42/ns/pid"}"#, "pid namespace"),
-            (r#"{"type":"network"},{"type":"mount"},{"type":"user"}"#, "user namespace"),
+            (r#"{"type":"network"},{"type":"mount"},{"type":"user","path":"/proc/42/ns/user"}"#, "user namespace"),
             (r#"{"type":"network"}"#, "mount namespace"),
         ] {
             let message = check(&bundle(namespaces), Membership::Alone).unwrap_err().to_string();

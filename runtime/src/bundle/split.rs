@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, Spec};
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARED_MEMORY};
 
-use super::{Bundle, BundleError, namespaces, unsupported};
+use super::{Bundle, BundleError, id_mappings, namespaces, unsupported};
 use crate::share::{Export, FRESH};
 
 /// See statfs(2).
@@ -48,6 +48,7 @@ pub fn split(bundle: &Bundle, place: &str) -> Result<GuestSpec, BundleError> {
         source: bundle.rootfs.clone(),
         read_only: read_only_root(bundle),
         recursive: true,
+        id_map: None,
     }];
     if let Some(root) = spec.root_mut() {
         root.set_path(guest_path(&exports[0].path));
@@ -56,13 +57,20 @@ pub fn split(bundle: &Bundle, place: &str) -> Result<GuestSpec, BundleError> {
     for (index, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
         let Some(recursive) = bind(mount) else { continue };
         let source = source(bundle, index, mount)?;
-        if let Some(size) = memory_behind(mount, &source) {
+        let id_map = id_mappings::of_mount(&bundle.spec, mount);
+        mount.set_uid_mappings(None).set_gid_mappings(None);
+        if let Some(size) = memory_behind(mount, &source).filter(|_| id_map.is_none()) {
             // Memory of the host's would be slower, and nobody there looks at it.
             shared_memory = Some(size);
             mount.set_source(Some(SHARED_MEMORY.into()));
             continue;
         }
         if of_the_kernel(&source) {
+            if id_map.is_some() {
+                let problem =
+                    "asks for IDs to be mapped, which the files of a guest's kernel cannot have: leave it out";
+                return Err(bundle.field(format!("mounts[{index}] ({})", mount.destination().display()), problem));
+            }
             // The guest has a kernel of its own, so these mean the guest's.
             mount.set_source(Some(source));
             continue;
@@ -71,7 +79,7 @@ pub fn split(bundle: &Bundle, place: &str) -> Result<GuestSpec, BundleError> {
         // What the guest cannot change only the host does; and of a single file there is little to ask.
         let kind = if read_only || !source.is_dir() { FRESH } else { "mounts" };
         let path = Path::new(kind).join(place).join(index.to_string());
-        let export = Export { path, source, read_only, recursive };
+        let export = Export { path, source, read_only, recursive, id_map };
         mount.set_source(Some(guest_path(&export.path)));
         exports.push(export);
     }
@@ -214,6 +222,22 @@ mod tests {
                 .unwrap_err()
                 .to_string();
         assert!(error.contains("mounts[0].source (/d)") && error.contains("/no/such"), "{error}");
+    }
+
+    #[test]
+    fn mappings_stay_on_the_host() {
+        let ids = r#"[{"containerID":0,"hostID":1000,"size":10}]"#;
+        let mount = |source: &str| {
+            format!(
+                r#"{{"ociVersion":"1.2.0","mounts":[{{"destination":"/d","source":"{source}","options":["rbind"],
+                    "uidMappings":{ids},"gidMappings":{ids}}}]}}"#
+            )
+        };
+        let guest = split_spec(&mount("/usr")).unwrap();
+        assert_eq!(guest.exports[1].id_map.as_ref().unwrap().mappings.root(), Some((1000, 1000)));
+        assert_eq!(guest.spec.mounts().as_ref().unwrap()[0].uid_mappings(), &None);
+        let error = split_spec(&mount("/sys/block")).unwrap_err().to_string();
+        assert!(error.contains("mounts[0] (/d)") && error.contains("guest's kernel"), "{error}");
     }
 
     #[test]

@@ -7,15 +7,6 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccompAction, Mount, Spec};
 
 use super::{Bundle, BundleError, namespaces};
 
-const ID_MAPPED: &str = "asks for IDs to be mapped, which the guest's share does not do: give the files their owners";
-
-/// Options of mounts that only runtimes of the host's kernel can follow.
-const MOUNT_OPTIONS: [(&str, &str); 3] = [
-    ("idmap", ID_MAPPED),
-    ("ridmap", ID_MAPPED),
-    ("iversion", "asks for versions of inodes, which no file system of a guest counts: leave it out"),
-];
-
 /// Refuses what cannot be had.
 pub(super) fn check(bundle: &Bundle) -> Result<(), BundleError> {
     let spec = &bundle.spec;
@@ -43,10 +34,7 @@ fn of_process(spec: &Spec) -> [Question; 2] {
 
 fn of_linux(spec: &Spec) -> Vec<Question> {
     let Some(linux) = spec.linux() else { return Vec::new() };
-    const MAPPINGS: &str = "maps IDs into a user namespace, which a container in a VM has none of: the VM is the wall";
     vec![
-        (is_there(linux.uid_mappings()), "linux.uidMappings", MAPPINGS),
-        (is_there(linux.gid_mappings()), "linux.gidMappings", MAPPINGS),
         (
             has_offsets(spec) && !namespaces::has(spec, LinuxNamespaceType::Time),
             "linux.timeOffsets",
@@ -68,10 +56,6 @@ fn of_linux(spec: &Spec) -> Vec<Question> {
             "names memory nodes of the host, which a guest does not have: use linux.resources.cpu.mems",
         ),
     ]
-}
-
-fn is_there<T>(list: &Option<Vec<T>>) -> bool {
-    list.as_ref().is_some_and(|list| !list.is_empty())
 }
 
 /// Whether the container's clocks are to be shifted.
@@ -130,23 +114,16 @@ fn of_resources(spec: &Spec) -> Vec<Question> {
 }
 
 fn check_mount(bundle: &Bundle, index: usize, mount: &Mount) -> Result<(), BundleError> {
-    for (asked, field) in
-        [(is_there(mount.uid_mappings()), "uidMappings"), (is_there(mount.gid_mappings()), "gidMappings")]
-    {
-        if asked {
-            return Err(bundle.field(format!("mounts[{index}].{field}"), ID_MAPPED));
-        }
-    }
     let options = mount.options().as_deref().unwrap_or_default();
     if options.iter().any(|option| option == "tmpcopyup") && mount.typ().as_deref() != Some("tmpfs") {
         let problem = "has a tmpfs begin as a copy of what it covers, and this is none: leave it out";
         return Err(bundle.field(format!("mounts[{index}].options (tmpcopyup)"), problem));
     }
-    let refused = MOUNT_OPTIONS.iter().find(|(name, _)| options.iter().any(|option| option == name));
-    match refused {
-        Some((name, problem)) => Err(bundle.field(format!("mounts[{index}].options ({name})"), *problem)),
-        None => Ok(()),
+    if options.iter().any(|option| option == "iversion") {
+        let problem = "asks for versions of inodes, which no file system of a guest counts: leave it out";
+        return Err(bundle.field(format!("mounts[{index}].options (iversion)"), problem));
     }
+    Ok(())
 }
 
 /// Tells the log what has no meaning in a guest, and that engines send without being asked to.
@@ -202,7 +179,6 @@ mod tests {
         for (rest, field) in [
             (r#""process":{"cwd":"/","user":{"uid":0,"gid":0},"execCPUAffinity":{"initial":"0"}}"#, "execCPUAffinity"),
             (r#""vm":{"kernel":{"path":"/k"}}"#, "vm in"),
-            (r#""linux":{"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#, "linux.uidMappings"),
             (r#""linux":{"timeOffsets":{"monotonic":{"secs":1}}}"#, "linux.timeOffsets"),
             (r#""linux":{"netDevices":{"eth0":{}}}"#, "linux.netDevices"),
             (r#""linux":{"intelRdt":{"closID":"a"}}"#, "linux.intelRdt"),
@@ -216,11 +192,7 @@ mod tests {
             (r#""linux":{"resources":{"network":{"classID":1}}}"#, "network.classID"),
             (r#""linux":{"resources":{"network":{"priorities":[{"name":"lo","priority":1}]}}}"#, "network.priorities"),
             (r#""linux":{"resources":{"rdma":{"m":{"hcaHandles":1}}}}"#, "resources.rdma"),
-            (r#""mounts":[{"destination":"/a","options":["ro","idmap"]}]"#, "mounts[0].options (idmap)"),
-            (
-                r#""mounts":[{"destination":"/a","uidMappings":[{"containerID":0,"hostID":1,"size":1}]}]"#,
-                "mounts[0].uidMappings",
-            ),
+            (r#""mounts":[{"destination":"/a","options":["ro","iversion"]}]"#, "mounts[0].options (iversion)"),
         ] {
             let message = check(&bundle(rest)).unwrap_err().to_string();
             assert!(message.contains(field), "{message}");

@@ -10,6 +10,7 @@ pub mod oom;
 pub mod process;
 pub mod stand_in;
 pub mod terminal;
+pub mod user_namespace;
 
 /// The ID of the host's current boot.
 pub fn boot_id() -> String {

@@ -138,6 +138,7 @@ async fn run(
         size: Size::of(&bundle.spec),
         exports: guest.exports.clone(),
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),
+        user_namespace: bundle.user_namespace(),
         engine_resolver: bundle.uses_engine_resolver(),
         log: options.log.clone(),
         console: options.guest_console.clone(),

@@ -83,8 +83,7 @@ impl Table {
 
 impl Entry {
     fn holds(&self, export: &Export, identity: Option<(u64, u64)>) -> bool {
-        let Export { path: _, source, read_only, recursive } = &self.export;
-        let same = (source, read_only, recursive) == (&export.source, &export.read_only, &export.recursive);
+        let same = Export { path: export.path.clone(), ..self.export.clone() } == *export;
         same && identity.is_some() && self.identity == identity
     }
 }
@@ -142,6 +141,7 @@ mod tests {
             source: source.to_owned(),
             read_only,
             recursive: true,
+            id_map: None,
         };
         let mut exports = vec![export("rootfs".to_owned(), Path::new("/"), false)];
         let mut mounts = Vec::new();

@@ -385,6 +385,7 @@ async fn boot(
         size,
         exports,
         hostname: hostname.unwrap_or_default(),
+        user_namespace: None,
         engine_resolver,
         log: options.log.clone(),
         console: options.console.clone(),

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use oci_spec::runtime::LinuxIdMapping;
 use runvm_protocol::agent as wire;
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
 use thiserror::Error;
@@ -15,6 +16,7 @@ use crate::agent::{Agent, AgentError};
 use crate::error::sentence;
 use crate::host::cgroup::Cgroup;
 use crate::host::process::ProcessIdentity;
+use crate::host::user_namespace::IdMappings;
 use crate::log;
 use crate::network::{self, Network, NetworkError};
 use crate::share::{Export, Served};
@@ -74,6 +76,8 @@ pub struct Config {
     pub exports: Vec<Export>,
     /// The guest's host name.
     pub hostname: String,
+    /// The mappings of the user namespace that is the containers', if they have one.
+    pub user_namespace: Option<IdMappings>,
     /// Whether the guest's names are resolved by Docker's resolver.
     pub engine_resolver: bool,
     /// Where helpers of this program log.
@@ -247,6 +251,7 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
     let mut entropy = vec![0; ENTROPY];
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| AgentError::Channel(error.into()))?;
+    let IdMappings { uids, gids } = config.user_namespace.clone().unwrap_or_default();
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     agent
         .configure_sandbox(wire::ConfigureSandboxRequest {
@@ -258,6 +263,8 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
                 mount_point: SHARE_MOUNT_POINT.to_owned(),
                 ..Default::default()
             }],
+            uid_mappings: uids.iter().map(id_mapping).collect(),
+            gid_mappings: gids.iter().map(id_mapping).collect(),
             ..Default::default()
         })
         .await?;
@@ -273,4 +280,13 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
         });
     }
     Ok(agent)
+}
+
+fn id_mapping(mapping: &LinuxIdMapping) -> wire::IdMapping {
+    wire::IdMapping {
+        container_id: mapping.container_id(),
+        host_id: mapping.host_id(),
+        size: mapping.size(),
+        ..Default::default()
+    }
 }

@@ -32,6 +32,8 @@ pub use served::Served;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
 
+use crate::host::user_namespace::IdMappings;
+
 /// The verb that makes this program the daemon.
 pub const VERB: &str = "share-daemon";
 
@@ -45,6 +47,17 @@ pub struct Export {
     /// The guest cannot change anything below it, whatever is mounted there.
     pub read_only: bool,
     /// With what is mounted below the source.
+    pub recursive: bool,
+    /// Who stands for the owners of its files.
+    pub id_map: Option<IdMap>,
+}
+
+/// How the owners of files are shown, and those of new ones kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// The IDs of the files, and those that the guest sees.
+    pub mappings: IdMappings,
+    /// What is mounted below the source has it too.
     pub recursive: bool,
 }
 
@@ -75,6 +88,14 @@ pub enum SetupError {
         source_path: PathBuf,
         /// As in errno(3).
         errno: i32,
+    },
+    /// An export's files cannot have other owners than they have.
+    #[error("cannot map the IDs of {path}: {reason}", path = source_path.display())]
+    IdMap {
+        /// On the host.
+        source_path: PathBuf,
+        /// As a clause.
+        reason: String,
     },
     /// An export has no place in the tree.
     #[error("{path} is no place in a share: it has to be relative, without `..`, and not within another export", path = path.display())]

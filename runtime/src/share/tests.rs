@@ -32,7 +32,7 @@ fn spawn_daemon(exports: &[Export]) -> Daemon {
 }
 
 fn export(path: &str, source: &Path) -> Export {
-    Export { path: path.into(), source: source.into(), read_only: false, recursive: true }
+    Export { path: path.into(), source: source.into(), read_only: false, recursive: true, id_map: None }
 }
 
 fn boot(exports: &[Export]) -> (Daemon, Guest) {

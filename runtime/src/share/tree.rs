@@ -17,7 +17,8 @@ use rustix::mount::{
 };
 use rustix::thread::UnshareFlags;
 
-use super::{Export, SetupError};
+use super::{Export, IdMap, SetupError};
+use crate::host::user_namespace;
 
 /// What no mount of the tree needs.
 const INERT: u64 =
@@ -78,8 +79,25 @@ pub(super) fn open(export: &Export) -> Result<Source, SetupError> {
     let attributes = if export.read_only { INERT | libc::MOUNT_ATTR_RDONLY } else { INERT };
     let change = Change { set: attributes, propagation: libc::MS_SLAVE, ..Change::default() };
     change.apply(mount.as_fd(), true).map_err(fail)?;
+    if let Some(id_map) = &export.id_map {
+        map_ids(mount.as_fd(), id_map)
+            .map_err(|reason| SetupError::IdMap { source_path: export.source.clone(), reason })?;
+    }
     let status = rustix::fs::fstat(&mount).map_err(|errno| fail(errno.into()))?;
     Ok(Source { mount, directory: FileType::from_raw_mode(status.st_mode).is_dir() })
+}
+
+/// Has the files be owned by those who stand for their owners; why they cannot, as a clause.
+fn map_ids(mount: BorrowedFd<'_>, id_map: &IdMap) -> Result<(), String> {
+    let namespace =
+        user_namespace::make(&id_map.mappings).map_err(|error| format!("the host refuses such mappings: {error}"))?;
+    let user_namespace = Some(namespace.as_fd());
+    let change = Change { set: libc::MOUNT_ATTR_IDMAP, user_namespace, ..Change::default() };
+    change.apply(mount, id_map.recursive).map_err(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => "its file system does not let them be, give the files their owners".to_owned(),
+        Some(libc::EPERM) => "they are mapped already, or it is not the host's root that mounted it".to_owned(),
+        _ => error.to_string(),
+    })
 }
 
 /// A tmpfs with a place for each export, on [`STAGE`].
@@ -165,18 +183,24 @@ fn switch_to(root: &OwnedFd) -> Result<(), SetupError> {
 
 /// A change of a mount's attributes; those that it does not name stay.
 #[derive(Default)]
-pub(super) struct Change {
+pub(super) struct Change<'a> {
     pub(super) set: u64,
     pub(super) clear: u64,
     /// As in mount(2); zero leaves it.
     pub(super) propagation: u64,
+    /// The user namespace of `MOUNT_ATTR_IDMAP`.
+    pub(super) user_namespace: Option<BorrowedFd<'a>>,
 }
 
-impl Change {
+impl Change<'_> {
     /// Makes it, also to the mounts below where it is `recursive`.
     pub(super) fn apply(&self, mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
-        let attributes =
-            libc::mount_attr { attr_set: self.set, attr_clr: self.clear, propagation: self.propagation, userns_fd: 0 };
+        let attributes = libc::mount_attr {
+            attr_set: self.set,
+            attr_clr: self.clear,
+            propagation: self.propagation,
+            userns_fd: self.user_namespace.map_or(0, |namespace| u64::from(namespace.as_raw_fd().cast_unsigned())),
+        };
         let mut flags = AtFlags::EMPTY_PATH.bits();
         if recursive {
             flags |= libc::AT_RECURSIVE.cast_unsigned();

@@ -50,6 +50,7 @@ impl Map {
             source: source.into(),
             read_only,
             recursive: true,
+            id_map: None,
         };
         [export(WRITABLE, &self.writable, false), export(READ_ONLY, &self.read_only, true)]
     }

@@ -40,6 +40,7 @@ impl Map {
             source: self.folder.join(path),
             read_only,
             recursive: path != BOUND,
+            id_map: None,
         };
         [export(WRITABLE, false), export(READ_ONLY, true), export(BOUND, false)]
     }
