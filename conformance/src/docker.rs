@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::command::Cmd;
@@ -38,18 +39,26 @@ pub struct Engine {
     folder: PathBuf,
     cgroup: String,
     loaded: Mutex<BTreeSet<String>>,
-    _nameserver: Nameserver,
-    _bridge: Bridge,
+    _network: Option<(Nameserver, Bridge)>,
+    _mounts: Vec<Mounted>,
+}
+
+/// How a daemon is started.
+struct Setup<'a> {
+    name: &'a str,
+    /// Where its programs are.
+    tree: &'a Path,
+    by_shim: bool,
+    config: Value,
+    bridge: &'a str,
+    data: &'a Path,
 }
 
 impl Engine {
     /// Starts the daemon in the suite's private world, with the runtimes under test.
     pub fn start(enclosure: &Enclosure) -> Result<Self> {
         let judge = Judge::write(enclosure.work())?;
-        let runvm = Runtime::Kvm.program();
-        let under_test = |runtime: Runtime| (runtime.name(), runvm.as_path(), runtime.options());
-        let runtimes = [(Judge::NAME, judge.program(), &[][..]), under_test(Runtime::Kvm), under_test(Runtime::Tcg)];
-        Self::start_with(enclosure, &runtimes)
+        Self::start_with(enclosure, &under_test(&judge, &Runtime::Kvm.program()))
     }
 
     /// Starts the daemon of a later release, under which runc and runvm each have their own shim.
@@ -71,11 +80,50 @@ impl Engine {
     ) -> Result<Self> {
         let bridge = Bridge::make()?;
         let nameserver = Nameserver::start(IpAddr::V4(HOST4))?;
-        let folder = enclosure.work().join(if by_shim { "docker-later" } else { "docker" });
+        let name = if by_shim { "docker-later" } else { "docker" };
+        let config = configuration(enclosure, runtimes);
+        let data = enclosure.work().join(name).join("data");
+        let setup = Setup { name, tree, by_shim, config, bridge: BRIDGE, data: &data };
+        Self::launch(enclosure, &setup, Some((nameserver, bridge)))
+    }
+
+    /// Starts a further daemon, whose containers' root is on the host the user with this ID. It has no networks but those
+    /// that a case makes, of which it tells the host's packet filter nothing.
+    pub fn start_remapped(enclosure: &Enclosure, name: &str, root: u32) -> Result<Self> {
+        let judge = Judge::write(enclosure.work())?;
+        // The lists of the private world, in which the user is one that every machine has.
+        let list = enclosure.work().join(name).join("subids");
+        let data = enclosure.work().join(name).join("data");
+        // Where every user may go.
+        let place = enclosure.sockets().join(format!("{name}-data"));
+        std::fs::create_dir_all(&data)?;
+        std::fs::create_dir_all(&place)?;
+        std::fs::write(&list, format!("daemon:{root}:65536\n"))?;
+        let mounts = [
+            Mounted::bind(&list, Path::new("/etc/subuid"))?,
+            Mounted::bind(&list, Path::new("/etc/subgid"))?,
+            Mounted::bind(&data, &place)?,
+        ];
+        let runvm = Runtime::Kvm.program();
+        let config = json!({
+            "runtimes": entries(&under_test(&judge, &runvm)),
+            "cgroup-parent": enclosure.cgroup(),
+            "userns-remap": "daemon",
+            "iptables": false,
+            "shutdown-timeout": 5,
+        });
+        let setup = Setup { name, tree: Path::new("/"), by_shim: false, config, bridge: "none", data: &place };
+        let engine = Self::launch(enclosure, &setup, None)?;
+        Ok(Self { _mounts: mounts.into(), ..engine })
+    }
+
+    fn launch(enclosure: &Enclosure, setup: &Setup<'_>, network: Option<(Nameserver, Bridge)>) -> Result<Self> {
+        let Setup { name, tree, by_shim, config, bridge, data } = setup;
+        let folder = enclosure.work().join(name);
         std::fs::create_dir_all(folder.join("client"))?;
-        let socket = enclosure.sockets().join("docker.sock");
-        let config = folder.join("daemon.json");
-        std::fs::write(&config, configuration(enclosure, runtimes).to_string())?;
+        let socket = enclosure.sockets().join(format!("{name}.sock"));
+        let config_file = folder.join("daemon.json");
+        std::fs::write(&config_file, config.to_string())?;
 
         let host = format!("unix://{}", socket.display());
         let mut path = tree.join("usr/bin").into_os_string();
@@ -86,21 +134,22 @@ impl Engine {
         let program = tree.join("usr/bin/docker");
         let daemon = Cmd::new(tree.join("usr/sbin/dockerd"))
             .env("PATH", path)
-            .args(["--host", &host, "--bridge", BRIDGE])
+            .args(["--host", &host, "--bridge", bridge])
             .arg("--config-file")
-            .arg(&config)
+            .arg(&config_file)
             .arg("--data-root")
-            .arg(folder.join("data"))
+            .arg(data)
             .arg("--exec-root")
-            .arg(enclosure.sockets().join("docker"))
+            .arg(enclosure.sockets().join(name))
             .arg("--pidfile")
-            .arg(enclosure.sockets().join("docker.pid"));
+            .arg(enclosure.sockets().join(format!("{name}.pid")));
         let client = folder.join("client");
         let ready = || client_of(&program, &socket, &client).arg("version");
         let daemon = Daemon::start(daemon, &folder.join("log"), ready)?;
         let loaded = Mutex::default();
         let cgroup = enclosure.cgroup();
-        Ok(Self { daemon, program, by_shim, socket, folder, cgroup, loaded, _nameserver: nameserver, _bridge: bridge })
+        let by_shim = *by_shim;
+        Ok(Self { daemon, program, by_shim, socket, folder, cgroup, loaded, _network: network, _mounts: Vec::new() })
     }
 
     /// The daemon's client.
@@ -133,13 +182,9 @@ fn client_of(program: &Path, socket: &Path, config: &Path) -> Cmd {
     Cmd::new(program).env("DOCKER_HOST", format!("unix://{}", socket.display())).env("DOCKER_CONFIG", config)
 }
 
-fn configuration(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> serde_json::Value {
-    let entry = |(name, program, options): &(&str, &Path, &[&str])| {
-        ((*name).to_owned(), json!({ "path": program, "runtimeArgs": options }))
-    };
-    let runtimes: serde_json::Map<_, _> = runtimes.iter().map(entry).collect();
+fn configuration(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> Value {
     json!({
-        "runtimes": runtimes,
+        "runtimes": entries(runtimes),
         "cgroup-parent": enclosure.cgroup(),
         "dns": [HOST4],
         "ipv6": true,
@@ -148,6 +193,34 @@ fn configuration(enclosure: &Enclosure, runtimes: &[(&str, &Path, &[&str])]) -> 
         "ip6tables": true,
         "shutdown-timeout": 5,
     })
+}
+
+fn under_test<'a>(judge: &'a Judge, runvm: &'a Path) -> [(&'static str, &'a Path, &'static [&'static str]); 3] {
+    let under_test = |runtime: Runtime| (runtime.name(), runvm, runtime.options());
+    [(Judge::NAME, judge.program(), &[]), under_test(Runtime::Kvm), under_test(Runtime::Tcg)]
+}
+
+fn entries(runtimes: &[(&str, &Path, &[&str])]) -> serde_json::Map<String, Value> {
+    let entry = |(name, program, options): &(&str, &Path, &[&str])| {
+        ((*name).to_owned(), json!({ "path": program, "runtimeArgs": options }))
+    };
+    runtimes.iter().map(entry).collect()
+}
+
+/// A mount, and what is mounted below it; it goes with this.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn bind(source: &Path, target: &Path) -> Result<Self> {
+        mount_bind(source, target).with_context(|| format!("cannot mount {}", target.display()))?;
+        Ok(Self(target.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+    }
 }
 
 /// The daemon's default bridge.

@@ -6,6 +6,7 @@ mod lifecycle;
 mod nested;
 mod network;
 mod programs;
+mod remapped;
 mod resources;
 mod security;
 mod stdio;
@@ -70,6 +71,7 @@ fn cases() -> Vec<Case<Docker>> {
         nested::cases(),
         network::cases(),
         programs::cases(),
+        remapped::cases(),
         resources::cases(),
         security::cases(),
         stdio::cases(),

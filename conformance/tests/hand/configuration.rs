@@ -177,12 +177,18 @@ fn a_scheduler_and_a_priority_for_disks(h: &Hand) -> Result<Outcome> {
     if h.runtime().is_runc() {
         return Ok(Outcome::new().see("scheduler", "not asked").see("disks", "not asked"));
     }
-    let bundle = h.bundle_with(&["sh", "-c", "cut -d' ' -f41 /proc/self/stat; ionice -p $$"], |config| {
+    let script = "cut -d' ' -f41 /proc/self/stat; ionice -p $$";
+    let bundle = h.bundle_with(&["sh", "-c", &format!("{script}; echo ready; sleep 1000")], |config| {
         config["process"]["scheduler"] = json!({ "policy": "SCHED_BATCH", "nice": 5 });
         config["process"]["ioPriority"] = json!({ "class": "IOPRIO_CLASS_IDLE", "priority": 0 });
     })?;
-    let output = bundle.run().ok()?;
-    let (scheduler, disks) = output.text().split_once('\n').context("two lines")?;
+    bundle.start()?;
+    bundle.expect_written("ready")?;
+    let written = bundle.written("out")?;
+    let exec = bundle.exec("", script).ok()?;
+    expect_equal("an exec's, which is like the first", format!("{}ready\n", exec.stdout), written.clone())?;
+    let mut lines = written.lines();
+    let (scheduler, disks) = lines.next().zip(lines.next()).context("two lines")?;
     Ok(Outcome::new().see("scheduler", scheduler).see("disks", disks))
 }
 
@@ -337,8 +343,13 @@ fn what_a_guest_cannot_have_is_refused(h: &Hand) -> Result<Outcome> {
         ("/linux/namespaces", json!([{ "type": "network" }]), "linux.namespaces"),
         (
             "/linux/namespaces",
-            json!([{ "type": "network" }, { "type": "mount" }, { "type": "user" }]),
+            json!([{ "type": "network" }, { "type": "mount" }, { "type": "user", "path": "/proc/self/ns/user" }]),
             "linux.namespaces",
+        ),
+        (
+            "/linux/namespaces",
+            json!([{ "type": "network" }, { "type": "mount" }, { "type": "user" }]),
+            "linux.uidMappings and linux.gidMappings",
         ),
         ("/mounts", mount(json!({ "uidMappings": mapping })), "mounts[0].uidMappings"),
         ("/mounts", mount(json!({ "options": ["bind", "idmap"] })), "mounts[0].options (idmap)"),

@@ -10,6 +10,7 @@ mod refused;
 mod report;
 mod surroundings;
 mod templates;
+mod user_namespaces;
 
 use std::process::ExitCode;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         refused::cases(),
         missing::cases(),
         templates::cases(),
+        user_namespaces::cases(),
     ];
     run_inside(&[&["setup.sh"], &["images.sh", "busybox"]], |enclosure| {
         let suite = Suite {

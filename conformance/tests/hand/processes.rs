@@ -1,12 +1,18 @@
 //! Further processes in a container.
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use conformance::bundle::Hand;
 use conformance::command::eventually;
+use conformance::enclosure::Enclosure;
 use conformance::suite::expect_equal;
 use conformance::{Case, Cmd, Outcome, Terminal, case};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::json;
 
 pub(crate) fn cases() -> Vec<Case<Hand>> {
@@ -21,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(exec_passes_no_descriptors),
         case!(exec_has_no_labels),
         case!(exec_in_the_background_has_a_pid),
+        case!(a_descriptor_of_a_process_is_handed_over),
         case!(exec_of_what_is_not_there),
         case!(exec_needs_a_running_container),
         case!(ps_lists_processes_of_the_host),
@@ -141,6 +148,47 @@ fn exec_in_the_background_has_a_pid(h: &Hand) -> Result<Outcome> {
     ensure!(std::path::Path::new("/proc").join(pid.trim()).exists(), "there is no process {pid}");
     eventually(Duration::from_secs(10), "the file made inside", || Ok(bundle.inside("made").exists().then_some(())))?;
     Ok(Outcome::new().see("exit", output.code))
+}
+
+fn a_descriptor_of_a_process_is_handed_over(h: &Hand) -> Result<Outcome> {
+    if h.runtime().is_runc() {
+        // The distribution's does not know the option.
+        return Ok(Outcome::new().see("of a container", "not asked").see("of an exec", "not asked"));
+    }
+    let enclosure = Enclosure::around().context("the suite runs in an enclosure")?;
+    let folder = tempfile::tempdir_in(enclosure.sockets())?;
+    let path = folder.path().join("socket");
+    let socket = UnixListener::bind(&path)?;
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    let created = bundle.in_background(&format!("create --pidfd-socket {}", path.display()))?;
+    expect_equal("create", (created.code, created.stderr.as_str()), (0, ""))?;
+    let of_container = bundle.state()?["pid"].as_i64() == Some(process_behind(&receive(&socket)?)?);
+    bundle.call("start").ok()?;
+    let pid_file = folder.path().join("pid");
+    let options = format!("exec --detach --pid-file {} --pidfd-socket {}", pid_file.display(), path.display());
+    bundle.call(&options).args(SLEEP).ok()?;
+    let of_exec = std::fs::read_to_string(pid_file)?.trim().parse::<i64>()? == process_behind(&receive(&socket)?)?;
+    Ok(Outcome::new().see("of a container", of_container).see("of an exec", of_exec))
+}
+
+/// The descriptor that the next to connect sends.
+fn receive(listener: &UnixListener) -> Result<OwnedFd> {
+    let (socket, _) = listener.accept()?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut name = [0; 64];
+    recvmsg(&socket, &mut [IoSliceMut::new(&mut name)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let mut received = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    received.next().context("no descriptor came")
+}
+
+fn process_behind(pidfd: &OwnedFd) -> Result<i64> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()))?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:")).context("it is of no process")?;
+    Ok(pid.trim().parse()?)
 }
 
 fn exec_of_what_is_not_there(h: &Hand) -> Result<Outcome> {
