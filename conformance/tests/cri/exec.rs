@@ -113,7 +113,8 @@ fn a_stream_has_stdin_and_an_exit_code(c: &Cri) -> Result<Outcome> {
 fn a_stream_has_a_terminal(c: &Cri) -> Result<Outcome> {
     let pod = c.pod()?;
     let container = pod.start("main", SLEEP)?;
-    let script = "until [ \"$(stty size)\" = '33 99' ]; do sleep 0.1; done; tty; read line; echo got $line; exit 5";
+    let script =
+        "until [ \"$(stty size 2>/dev/null)\" = '33 99' ]; do sleep 0.1; done; tty; read line; echo got $line; exit 5";
     let mut stream = container.exec_stream(&["sh", "-c", script], true)?;
     stream.resize(33, 99)?;
     stream.expect("/dev/pts/0")?;
