@@ -1,4 +1,4 @@
-//! What containerd calls, by ttrpc. Each method takes a request apart, and has [`Tasks`](crate::task::Tasks) do it.
+//! What containerd calls, by ttrpc. Each method takes a request apart, and has [`Tasks`] do it.
 
 mod sandbox;
 mod task;
