@@ -11,14 +11,26 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind_recursive, m
 use rustix::process::{chdir, pivot_root};
 use rustix::thread::UnshareFlags;
 
-/// Does `work` on a thread of its own, while the calling one, which has to be the process's first, has nothing but
-/// `rootfs` for its files. `work` begins when that is so, keeps the host's files, and is given what failed.
-pub fn behind<T: Send>(rootfs: &Path, work: impl FnOnce(io::Result<()>) -> T + Send) -> io::Result<T> {
+/// What becomes of the calling thread of [`behind`].
+pub struct Standing(mpsc::Receiver<io::Result<()>>);
+
+impl Standing {
+    /// Waits until it has nothing but the new root for its files.
+    ///
+    /// # Errors
+    /// Why it has not.
+    pub fn wait(self) -> io::Result<()> {
+        self.0.recv().unwrap_or_else(|_| Err(io::Error::other("nobody changed the root")))
+    }
+}
+
+/// Does `work` on a thread of its own, with the host's files, while the calling one, which has to be the process's first,
+/// changes to nothing but `rootfs`. Copying the host's mounts and letting go of them takes milliseconds: `work` need not
+/// wait for it before an engine is told of the process.
+pub fn behind<T: Send>(rootfs: &Path, work: impl FnOnce(Standing) -> T + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
         let (tell, told) = mpsc::channel();
-        let worker = std::thread::Builder::new().spawn_scoped(scope, move || {
-            work(told.recv().unwrap_or_else(|_| Err(io::Error::other("nobody changed the root"))))
-        })?;
+        let worker = std::thread::Builder::new().spawn_scoped(scope, move || work(Standing(told)))?;
         // Who does not listen has ended, which is seen next.
         let _ = tell.send(change_root(rootfs));
         worker.join().map_err(|_| io::Error::other("the thread that does the work ended"))
@@ -48,8 +60,8 @@ mod tests {
         let standing = std::thread::scope(|scope| {
             let standing = scope.spawn(|| {
                 let tid = rustix::thread::gettid().as_raw_nonzero();
-                behind(rootfs.path(), |changed| {
-                    changed.unwrap();
+                behind(rootfs.path(), |standing| {
+                    standing.wait().unwrap();
                     let root = format!("/proc/self/task/{tid}/root");
                     let mounts = std::fs::read_to_string(format!("/proc/self/task/{tid}/mountinfo")).unwrap();
                     let found = Path::new(&root).join("inside").exists();

@@ -17,7 +17,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
 use crate::bundle::{self, Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
-use crate::host::{hostname, oom, stand_in, terminal};
+use crate::host::stand_in::{self, Standing};
+use crate::host::{hostname, oom, terminal};
 use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
@@ -94,10 +95,7 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to the creator"))?;
     owner.await_go().map_err(Error::system("wait for the creator"))?;
     log::stage("hooks done");
-    let work = |stands: io::Result<()>| {
-        stands.map_err(Error::system("stand before the container's root"))?;
-        single_threaded(run(options, &bundle, guest, terminal, owner))
-    };
+    let work = |standing| single_threaded(run(options, &bundle, guest, terminal, owner, standing));
     stand_in::behind(&bundle.rootfs, work).map_err(Error::system("start a thread"))?
 }
 
@@ -132,6 +130,7 @@ async fn run(
     guest: GuestSpec,
     terminal: Option<OwnedFd>,
     owner: &mut Owner,
+    standing: Standing,
 ) -> Result<u8> {
     let mut sandbox = Sandbox::boot(Config {
         vm: options.vm.clone(),
@@ -157,6 +156,7 @@ async fn run(
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
     let tunnel = Tunnel::serve(listener, sandbox.channel(), sandbox.streams());
     release_stdio().map_err(Error::system("release the stdio"))?;
+    standing.wait().map_err(Error::system("stand before the container's root"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;
     owner.dismiss();
     log::stage("container created");
