@@ -29,9 +29,6 @@ pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Resul
     if !request.hostname.is_empty() {
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(RequestError::system("set the host name"))?;
     }
-    if request.realtime_ns != 0 {
-        set_clock(request.realtime_ns).map_err(RequestError::system("set the clock"))?;
-    }
     if !request.entropy.is_empty() {
         add_entropy(&request.entropy).map_err(RequestError::system("credit the host's entropy"))?;
     }
@@ -89,13 +86,17 @@ pub(crate) fn release(places: &[String]) -> Result<(), RequestError> {
     Ok(())
 }
 
-fn set_clock(realtime_ns: u64) -> io::Result<()> {
-    let (seconds, nanoseconds) = (realtime_ns / 1_000_000_000, realtime_ns % 1_000_000_000);
-    let time = Timespec {
-        tv_sec: i64::try_from(seconds).map_err(io::Error::other)?,
-        tv_nsec: i64::try_from(nanoseconds).map_err(io::Error::other)?,
+/// Sets the clock to nanoseconds since the Unix epoch.
+pub(crate) fn set_clock(realtime_ns: u64) -> Result<(), RequestError> {
+    let set = || -> io::Result<()> {
+        let (seconds, nanoseconds) = (realtime_ns / 1_000_000_000, realtime_ns % 1_000_000_000);
+        let time = Timespec {
+            tv_sec: i64::try_from(seconds).map_err(io::Error::other)?,
+            tv_nsec: i64::try_from(nanoseconds).map_err(io::Error::other)?,
+        };
+        Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
     };
-    Ok(rustix::time::clock_settime(ClockId::Realtime, time)?)
+    set().map_err(RequestError::system("set the clock"))
 }
 
 const RNDADDENTROPY: libc::Ioctl = libc::_IOW::<[libc::c_int; 2]>(b'R' as u32, 0x03);

@@ -39,6 +39,11 @@ impl agent_ttrpc::Agent for Agent {
         .await
     }
 
+    async fn set_clock(&self, _: &TtrpcContext, request: agent::SetClockRequest) -> ttrpc::Result<agent::Empty> {
+        sandbox::set_clock(request.realtime_ns)?;
+        Ok(agent::Empty::new())
+    }
+
     async fn configure_network(
         &self,
         _: &TtrpcContext,

@@ -8,7 +8,7 @@ mod tunnel;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use runvm_protocol::agent::{self as wire, ProcessRequest};
 use runvm_protocol::agent_ttrpc::AgentClient;
@@ -150,6 +150,17 @@ impl Agent {
     pub async fn configure_sandbox(&self, request: wire::ConfigureSandboxRequest) -> Result<()> {
         let answer = self.client.configure_sandbox(unlimited(), &request).await;
         answer.map(drop).map_err(AgentError::from_ttrpc)
+    }
+
+    /// Has the guest's clock tell the host's time.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn set_clock(&self) -> Result<()> {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let realtime_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        let request = wire::SetClockRequest { realtime_ns, ..Default::default() };
+        ask("SetClock", self.client.set_clock(unlimited(), &request)).await.map(drop)
     }
 
     /// Sets up the guest's network.

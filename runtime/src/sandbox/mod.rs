@@ -5,7 +5,7 @@ mod size;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use oci_spec::runtime::LinuxIdMapping;
 use runvm_protocol::agent as wire;
@@ -252,11 +252,9 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| AgentError::Channel(error.into()))?;
     let IdMappings { uids, gids } = config.user_namespace.clone().unwrap_or_default();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     agent
         .configure_sandbox(wire::ConfigureSandboxRequest {
             hostname: config.hostname.clone(),
-            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
             entropy,
             shares: vec![wire::Share {
                 tag: SHARE_TAG.to_owned(),
@@ -270,7 +268,7 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
         .await?;
     log::stage("agent answers");
     tokio::spawn(guest_log::pass_on(agent.open(ports::LOG).await?));
-    agent.configure_network(network.into()).await?;
+    tokio::try_join!(agent.set_clock(), agent.configure_network(network.into()))?;
     if config.engine_resolver {
         let stream = agent.open(ports::DNS).await?;
         tokio::spawn(async move {
