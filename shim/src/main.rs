@@ -4,6 +4,7 @@
 //! to use it, docs/architecture.md how it fits in.
 
 mod bootstrap;
+mod connections;
 mod errors;
 mod events;
 

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::time::Duration;
 
 use runvm::host::idle;
 use runvm::log;
@@ -11,9 +12,9 @@ use rustix::process::setsid;
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
-use ttrpc::asynchronous::transport::Listener;
 
 use crate::bootstrap::{Address, Flags};
+use crate::connections;
 use crate::events::{Events, Way};
 use crate::options::{Environment, OptionsError};
 use crate::service;
@@ -21,6 +22,8 @@ use crate::task::Tasks;
 
 /// The descriptor of the socket that `start` listens on.
 pub const LISTENER: RawFd = 3;
+/// How long the end of a shim waits for containerd to hang up, which it does once it has its answer.
+const PARTING: Duration = Duration::from_secs(1);
 /// containerd's fifo for the log, in the bundle.
 const LOG: &str = "log";
 
@@ -93,20 +96,26 @@ async fn run(
     let tasks = Arc::new(Tasks::new(&flags.namespace, environment, log, events));
     listener.set_nonblocking(true).map_err(failed("listen"))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed("listen"))?;
-    let mut server = Server::new().add_listener(Listener::from(listener)).register_service(service::all(&tasks));
+    let (listener, connections) = connections::count(listener);
+    let mut server = Server::new().add_listener(listener).register_service(service::all(&tasks));
     server.start().await?;
     log::stage("shim serves");
     tokio::spawn(idle::give_back_when_idle());
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("wait for signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("wait for signals"))?;
-    tokio::select! {
-        () = tasks.over() => {}
-        _ = terminate.recv() => tracing::info!("told to end by SIGTERM"),
-        _ = interrupt.recv() => tracing::info!("told to end by SIGINT"),
-    }
+    let asked = tokio::select! {
+        () = tasks.over() => true,
+        _ = terminate.recv() => false,
+        _ = interrupt.recv() => false,
+    };
     tasks.end().await;
-    // With the answers that are on their way; the services hold the tasks, and those the queue of events.
+    server.stop_listen().await;
+    // The server would leave who asked without an answer.
+    if asked && tokio::time::timeout(PARTING, connections.none()).await.is_err() {
+        tracing::debug!("somebody stays connected");
+    }
     server.shutdown().await?;
+    // The services hold the tasks, and those the queue of events.
     drop((server, tasks));
     delivery.finish().await;
     Ok(())

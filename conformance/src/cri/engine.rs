@@ -31,11 +31,13 @@ pub enum Release {
     Trixie,
     /// 2.x.
     Sid,
+    /// The same, which leaves the making of runvm's pods to its shim (the Sandbox API): they have no container of their own.
+    SidBySandbox,
 }
 
 impl Release {
     /// All of them, the oldest first.
-    pub const ALL: [Self; 3] = [Self::Installed, Self::Trixie, Self::Sid];
+    pub const ALL: [Self; 4] = [Self::Installed, Self::Trixie, Self::Sid, Self::SidBySandbox];
 
     /// The name by which the suite reports on it.
     pub fn name(self) -> &'static str {
@@ -43,6 +45,7 @@ impl Release {
             Self::Installed => "containerd-1.6",
             Self::Trixie => "containerd-1.7",
             Self::Sid => "containerd-2",
+            Self::SidBySandbox => "containerd-2-sandbox",
         }
     }
 
@@ -51,7 +54,7 @@ impl Release {
         let release = match self {
             Self::Installed => return Ok(PathBuf::from("/usr/bin")),
             Self::Trixie => "trixie",
-            Self::Sid => "sid",
+            Self::Sid | Self::SidBySandbox => "sid",
         };
         Ok(image::later(release, &["containerd"])?.join("usr/bin"))
     }
@@ -78,7 +81,7 @@ impl Engine {
         let socket = enclosure.sockets().join(format!("{}.sock", release.name()));
         let judge = Judge::write(enclosure.work())?;
         let state = enclosure.sockets().join(release.name());
-        std::fs::write(folder.join("config.toml"), configuration(&folder, &state, &socket, &judge))?;
+        std::fs::write(folder.join("config.toml"), configuration(&folder, &state, &socket, &judge, release))?;
         let client = Client::of(&socket)?;
         let programs = release.programs()?;
         let cgroup = enclosure.cgroup();
@@ -161,7 +164,7 @@ impl Engine {
 }
 
 /// containerd's configuration; all releases read the second version of it.
-fn configuration(folder: &Path, state: &Path, socket: &Path, judge: &Judge) -> String {
+fn configuration(folder: &Path, state: &Path, socket: &Path, judge: &Judge, release: Release) -> String {
     let root = folder.join("root");
     let network = folder.join(network::ONE);
     let general = format!(
@@ -195,12 +198,13 @@ default_runtime_name = "runc"
     let two = folder.join(network::TWO);
     let in_two_networks = format!("cni_conf_dir = {two:?}\ncni_max_conf_num = 2\n");
     let judge = format!("BinaryName = {:?}\n", judge.program());
+    let sandboxer = if release == Release::SidBySandbox { "sandboxer = \"shim\"\n" } else { "" };
     let handlers = [
         handler("runc", "io.containerd.runc.v2", "", &judge),
         handler("runc-in-two-networks", "io.containerd.runc.v2", &in_two_networks, &judge),
         // Its program is found by its name in the daemon's PATH.
-        handler("runvm", "io.containerd.runvm.v2", "", ""),
-        handler("runvm-in-two-networks", "io.containerd.runvm.v2", &in_two_networks, ""),
+        handler("runvm", "io.containerd.runvm.v2", sandboxer, ""),
+        handler("runvm-in-two-networks", "io.containerd.runvm.v2", &(in_two_networks + sandboxer), ""),
     ];
     general + &handlers.concat()
 }

@@ -19,7 +19,7 @@ pub(crate) fn cases() -> Vec<Case<Cri>> {
         case!(processes_are_shared_if_asked_for),
         case!(a_debugger_joins_a_container).only_on(crate::MOST),
         case!(a_host_name_is_shared),
-        case!(the_network_of_the_host),
+        case!(the_network_of_the_host).only_on(crate::BY_CONTAINER),
         case!(the_processes_of_the_host),
         case!(the_ipc_of_the_host),
     ]

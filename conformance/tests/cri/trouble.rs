@@ -102,7 +102,7 @@ fn pod_ends(pod: &Pod<'_>) -> Result<()> {
 fn nothing_is_left(c: &Cri, pod: &Pod<'_>, containers: &[Container<'_>], processes: &[Process]) -> Result<()> {
     pod.stop()?;
     pod.remove()?;
-    if c.runtime().is_runc() && c.engine().release() == Release::Sid {
+    if c.runtime().is_runc() && matches!(c.engine().release(), Release::Sid | Release::SidBySandbox) {
         // containerd 2 leaves runc's shim, or what that ran, when the other has died; that is not for runvm to do as well.
         for process in Process::all()?.iter().filter(|process| is_one_of(process, processes)) {
             signal(process, Signal::KILL)?;

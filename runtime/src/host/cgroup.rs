@@ -62,11 +62,7 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError`], naming the file.
     pub fn create_below(parent: &str, id: &str) -> Result<Self, CgroupError> {
-        let path = match parent.ends_with(".slice") {
-            true => format!("{parent}:runvm:{id}"),
-            false => format!("{parent}/{id}"),
-        };
-        Self::create_at(&relative_path(&path, id), None, 0)
+        Self::create_at(&path_below(parent, id), None, 0)
     }
 
     fn create_at(path: &Path, resources: Option<&LinuxResources>, guest_memory: u64) -> Result<Self, CgroupError> {
@@ -79,10 +75,18 @@ impl Cgroup {
 
     /// The cgroup that [`Self::create`] makes, if it is there.
     pub fn find(spec: &Spec, id: &str) -> Vec<PathBuf> {
-        let path = relative_path(named(spec), id);
+        Self::find_at(&relative_path(named(spec), id))
+    }
+
+    /// The cgroup that [`Self::create_below`] makes, if it is there.
+    pub fn find_below(parent: &str, id: &str) -> Vec<PathBuf> {
+        Self::find_at(&path_below(parent, id))
+    }
+
+    fn find_at(path: &Path) -> Vec<PathBuf> {
         let hierarchies = Hierarchies::mounted();
         let mount_points = hierarchies.v1.iter().map(|(_, mount_point)| mount_point).chain(&hierarchies.v2);
-        let mut folders: Vec<_> = mount_points.map(|mount_point| mount_point.join(&path)).collect();
+        let mut folders: Vec<_> = mount_points.map(|mount_point| mount_point.join(path)).collect();
         folders.retain(|folder| folder.is_dir());
         folders.sort();
         folders.dedup();
@@ -192,6 +196,14 @@ fn processes(folder: &Path) -> Vec<ProcessIdentity> {
 fn named(spec: &Spec) -> &str {
     let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
     path.and_then(|path| path.to_str()).unwrap_or_default()
+}
+
+fn path_below(parent: &str, id: &str) -> PathBuf {
+    let path = match parent.ends_with(".slice") {
+        true => format!("{parent}:runvm:{id}"),
+        false => format!("{parent}/{id}"),
+    };
+    relative_path(&path, id)
 }
 
 /// The path below a hierarchy's mount point. It is the engine's word: `..` has no place in it.

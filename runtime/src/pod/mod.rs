@@ -304,6 +304,14 @@ impl Pod {
     pub fn clean_up(id: &str, spec: &Spec) -> Result<()> {
         Ok(cgroup::remove(&Cgroup::find(spec, id))?)
     }
+
+    /// The same for a pod that began [empty](Self::boot_empty), with the cgroup that its own is in.
+    ///
+    /// # Errors
+    /// [`Error::Cgroup`].
+    pub fn clean_up_below(parent: &str, id: &str) -> Result<()> {
+        Ok(cgroup::remove(&Cgroup::find_below(parent, id))?)
+    }
 }
 
 impl Member {

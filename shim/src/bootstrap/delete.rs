@@ -21,6 +21,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::with_duration;
 
 use super::{Address, BootstrapError, Flags, Result, print};
+use crate::task::{CGROUP_PARENT, SHARED_MEMORY};
 use crate::{mounts, wire};
 
 /// How long a shim that answers may take. containerd waits for five seconds.
@@ -87,16 +88,23 @@ fn ask(shim: UnixStream, id: &str) -> Result<Option<DeleteResponse>> {
 
 /// Removes what outlives a shim that was killed. What cannot be removed is told, and keeps nothing else from being.
 fn clean_up(id: &str, bundle: &Path) {
-    match Spec::load(bundle.join("config.json")) {
-        Ok(spec) => {
-            if let Err(error) = Pod::clean_up(id, &spec) {
-                eprintln!("{}", sentence(&error));
+    let cleaned = match fs::read_to_string(bundle.join(CGROUP_PARENT)) {
+        Ok(parent) => Pod::clean_up_below(&parent, id),
+        Err(_) => match Spec::load(bundle.join("config.json")) {
+            Ok(spec) => Pod::clean_up(id, &spec),
+            Err(error) => {
+                eprintln!("the cgroup of {id} stays, as its config.json cannot be read: {error}");
+                Ok(())
             }
-        }
-        Err(error) => eprintln!("the cgroup of {id} stays, as its config.json cannot be read: {error}"),
-    }
-    if let Err(error) = mounts::unmount_all(&bundle.join("rootfs")) {
+        },
+    };
+    if let Err(error) = cleaned {
         eprintln!("{}", sentence(&error));
+    }
+    for place in ["rootfs", SHARED_MEMORY] {
+        if let Err(error) = mounts::unmount_all(&bundle.join(place)) {
+            eprintln!("{}", sentence(&error));
+        }
     }
 }
 

@@ -58,7 +58,8 @@ async fn in_vm(tasks: &Tasks, request: &CreateTaskRequest, path: PathBuf, mounte
         Some(_) => Membership::Member,
         None => of_first(&spec),
     };
-    let bundle = Bundle::load_as(&path, membership).map_err(runvm::error::Error::from)?;
+    let mut bundle = Bundle::load_as(&path, membership).map_err(runvm::error::Error::from)?;
+    tasks.complete(&mut bundle.spec);
     let stdio = Stdio {
         stdin: request.stdin.clone(),
         stdout: request.stdout.clone(),

@@ -4,6 +4,7 @@ mod attend;
 mod container;
 mod create;
 mod metrics;
+mod pod_files;
 mod process;
 mod sandbox;
 
@@ -34,7 +35,9 @@ use crate::stdio::Stdio;
 use crate::{mounts, wire};
 
 pub use container::Container;
+pub use pod_files::SHARED_MEMORY;
 pub use process::{End, Phase};
+pub use sandbox::CGROUP_PARENT;
 
 use process::{Output, Process, lock};
 

@@ -1,23 +1,30 @@
 //! A sandbox: a VM that containerd makes before there are containers, and ends by itself.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use containerd_shim_protos::sandbox_api::{CreateSandboxRequest, SandboxStatusResponse};
+use oci_spec::runtime::Spec;
 use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
 use runvm::bundle::NetworkNamespace;
+use runvm::error::sentence;
 use runvm::monitor::KILLED;
 use runvm::pod::{Empty, Pod};
 use runvm::sandbox::Size;
 
+use super::pod_files::PodFiles;
 use super::process::{End, lock};
 use super::{Held, Tasks, metrics};
 use crate::errors::{Error, Result};
 use crate::wire;
-use crate::wire::options::{LinuxContainerResources, PodSandboxConfig};
+use crate::wire::options::{LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 
+/// Where the bundle says which cgroup the pod's is in, for the `delete` after a shim that was killed.
+pub const CGROUP_PARENT: &str = "cgroup-parent";
 /// How containerd wraps a pod of the CRI.
 const POD: &str = "runtime.v1.PodSandboxConfig";
 
@@ -26,6 +33,7 @@ pub(super) struct Record {
     id: String,
     network: Option<PathBuf>,
     config: PodSandboxConfig,
+    files: PodFiles,
     started: Option<Started>,
 }
 
@@ -50,10 +58,19 @@ impl Tasks {
         if !request.rootfs.is_empty() {
             return Err(Error::Unsupported("a sandbox in a VM has no root file system of its own"));
         }
+        let mut config = request.options.as_ref().map(pod_config).transpose()?.flatten().unwrap_or_default();
+        check(&config)?;
+        if config.hostname.is_empty() {
+            config.hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        }
+        let bundle = Path::new(&request.bundle_path);
+        let parent = bundle.join(CGROUP_PARENT);
+        fs::write(&parent, &config.linux.cgroup_parent).map_err(Error::file("write", parent))?;
         *sandbox = Some(Record {
             id: request.sandbox_id.clone(),
             network: Some(request.netns_path.as_str()).filter(|path| !path.is_empty()).map(PathBuf::from),
-            config: request.options.as_ref().map(pod_config).transpose()?.flatten().unwrap_or_default(),
+            files: PodFiles::make(&request.sandbox_id, bundle, &config)?,
+            config,
             started: None,
         });
         Ok(())
@@ -141,14 +158,19 @@ impl Tasks {
         metrics::Form::of_host().of(&metrics::sum(all))
     }
 
-    /// Ends the sandbox for good, and the shim.
+    /// Ends the sandbox for good, and the shim; the shim also where the sandbox was refused, as nobody else would.
     ///
     /// # Errors
-    /// [`Error::NoSandbox`].
+    /// [`Error::NoSandbox`] where there is another one.
     pub async fn shut_down_sandbox(&self, id: &str) -> Result<()> {
-        self.with_sandbox(id, |_| ())?;
+        if lock(&self.sandbox).is_some() {
+            self.with_sandbox(id, |_| ())?;
+        }
         self.end().await;
-        *lock(&self.sandbox) = None;
+        let record = lock(&self.sandbox).take();
+        if let Some(Err(error)) = record.map(|record| record.files.remove()) {
+            tracing::warn!("{}", sentence(&error));
+        }
         self.shut_down();
         Ok(())
     }
@@ -161,6 +183,13 @@ impl Tasks {
         self.with_sandbox(id, |_| ())
     }
 
+    /// Has a container of the sandbox, if there is one, have what is the pod's.
+    pub(super) fn complete(&self, spec: &mut Spec) {
+        if let Some(record) = lock(&self.sandbox).as_ref() {
+            record.complete(spec);
+        }
+    }
+
     fn with_sandbox<T>(&self, id: &str, work: impl FnOnce(&mut Record) -> T) -> Result<T> {
         match lock(&self.sandbox).as_mut().filter(|record| record.id == id) {
             Some(record) => Ok(work(record)),
@@ -170,6 +199,15 @@ impl Tasks {
 }
 
 impl Record {
+    fn complete(&self, spec: &mut Spec) {
+        self.files.bring_into(spec);
+        let mut linux = spec.linux().clone().unwrap_or_default();
+        let mut sysctls: HashMap<_, _> = self.config.linux.sysctls.clone();
+        sysctls.extend(linux.sysctl().clone().unwrap_or_default());
+        linux.set_sysctl(Some(sysctls));
+        spec.set_linux(Some(linux));
+    }
+
     fn empty(&self) -> Empty {
         let limits = Limits::of(&self.config);
         Empty {
@@ -198,6 +236,25 @@ impl Limits {
             vcpus: quota.and_then(|quota| u32::try_from(quota.div_ceil(period)).ok()),
             memory: positive(resources.memory_limit_in_bytes),
         }
+    }
+}
+
+/// Refuses a pod that wants to be among the host's processes, or other users than the host's.
+fn check(config: &PodSandboxConfig) -> Result<()> {
+    let refused = |problem: String| Err(Error::Request { field: "the pod", problem });
+    let namespaces = &config.linux.security_context.namespace_options;
+    for (mode, kind, word) in [(namespaces.pid, "pid", "hostPID"), (namespaces.ipc, "ipc", "hostIPC")] {
+        if mode == NamespaceMode::NODE.into() {
+            return refused(format!("has no {kind} namespace (`{word}`): a pod in a VM cannot use the host's"));
+        }
+    }
+    match namespaces.userns_options.as_ref() {
+        Some(users) if users.mode == NamespaceMode::POD.into() => refused(
+            "asks for a user namespace (`hostUsers: false`), which the containers of a pod in a VM have none of: leave \
+             it out"
+                .to_owned(),
+        ),
+        _ => Ok(()),
     }
 }
 
