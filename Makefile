@@ -39,7 +39,7 @@ test: build ## pass the lints, the unit tests and the suites on real engines
 .PHONY: soak
 soak: PURPOSES += fuzz test
 soak: build ## start 500 containers in a row, and fuzz the devices for ten minutes each or FUZZ_SECONDS
-	@RUNVM_LIFECYCLES=$(or $(RUNVM_LIFECYCLES),500) cargo test --locked --package conformance --test leaks -- many::
+	@RUNVM_LIFECYCLES=$(or $(RUNVM_LIFECYCLES),500) cargo test --locked --package conformance --test leaks --test docker -- many::
 	@FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) vmm/fuzz/fuzz.sh
 
 .PHONY: bench

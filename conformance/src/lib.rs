@@ -16,6 +16,7 @@ pub mod enclosure;
 pub mod engine;
 pub mod image;
 pub mod judge;
+pub mod lifecycles;
 pub mod machine;
 pub mod nameserver;
 pub mod outcome;

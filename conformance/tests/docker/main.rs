@@ -3,6 +3,7 @@
 mod exec;
 mod exit_codes;
 mod lifecycle;
+mod many;
 mod nested;
 mod network;
 mod programs;
@@ -36,6 +37,7 @@ const BY_SHIM: &[&str] = &[
     "docker::lifecycle::pause_freezes_and_unpause_goes_on",
     "docker::lifecycle::logs_have_a_tail",
     "docker::lifecycle::several_run_at_once",
+    "docker::many::execs_leave_nothing_with_their_container",
     "docker::stdio::foreground_keeps_both_outputs_apart",
     "docker::stdio::stdin_from_a_pipe_reaches_its_end",
     "docker::stdio::terminal_follows_a_resize",
@@ -65,6 +67,7 @@ fn cases() -> Vec<Case<Docker>> {
         exec::cases(),
         exit_codes::cases(),
         lifecycle::cases(),
+        many::cases(),
         nested::cases(),
         network::cases(),
         programs::cases(),

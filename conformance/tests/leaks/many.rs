@@ -3,21 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use conformance::bundle::Hand;
 use conformance::census::Census;
+use conformance::lifecycles::one_after_another;
 use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, case};
-
-/// How many lifecycles there are, unless [`COUNT`] says otherwise.
-const LIFECYCLES: usize = 50;
-/// The variable with their number.
-const COUNT: &str = "RUNVM_LIFECYCLES";
-/// How much slower the last fifth may be than the first, by its median, and how much in any case: machines are noisy.
-const SLOWER: u32 = 2;
-const NOISE: Duration = Duration::from_millis(200);
 
 pub(crate) fn cases() -> Vec<Case<Hand>> {
     vec![
@@ -27,79 +19,49 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
 }
 
 fn lifecycles_leave_nothing_and_stay_as_quick(h: &Hand) -> Result<Outcome> {
-    let count = count()?;
     let folder = h.folder().join("templates");
     let log = h.folder().join("log");
     let bundle = h.bundle("echo ran; exit 3")?;
     let run = || bundle.call(&format!("--debug --log {} run", log.display())).current_dir(&bundle.path);
     let lifecycle = || {
-        let begun = Instant::now();
         let output = run().env("RUNVM_TEMPLATE_DIR", &folder).run()?;
-        expect_equal("output and exit code", (output.text(), output.code), ("ran", 3))?;
-        anyhow::Ok(begun.elapsed())
+        expect_equal("output and exit code", (output.text(), output.code), ("ran", 3))
     };
     // What is made once, a template above all, is there before the first that counts.
     lifecycle()?;
     let before = Census::take()?;
     let templates = files(&folder)?;
-    let mut times = Vec::new();
-    for _ in 0..count {
+    one_after_another(|| {
         // The log of one is as long as that of another.
         std::fs::remove_file(&log)?;
-        times.push(lifecycle()?);
+        lifecycle()?;
         if !h.runtime().is_runc() {
             let log = std::fs::read_to_string(&log)?;
             ensure!(!log.contains("machine booted"), "not forked:\n{log}");
         }
-    }
+        Ok(())
+    })?;
     before.expect_nothing_new()?;
     expect_equal("files of templates", files(&folder)?, templates)?;
-    expect_as_quick(&times)?;
     Ok(Outcome::new().see("left", 0))
 }
 
 /// The same as an engine does it, verb by verb, with an exec in between.
 fn lifecycles_in_steps_leave_nothing_and_stay_as_quick(h: &Hand) -> Result<Outcome> {
-    let count = count()?;
     let bundle = h.bundle("read word; exit 3")?;
     let lifecycle = || {
-        let begun = Instant::now();
         bundle.create()?;
         expect_equal("output of exec", bundle.exec("", "echo ran").ok()?.text(), "ran")?;
         bundle.call("start").ok()?;
         bundle.expect_stopped()?;
         bundle.call("delete").ok()?;
-        anyhow::Ok(begun.elapsed())
+        anyhow::Ok(())
     };
     lifecycle()?;
     let before = Census::take()?;
-    let times = (0..count).map(|_| lifecycle()).collect::<Result<Vec<_>>>()?;
+    one_after_another(lifecycle)?;
     before.expect_nothing_new()?;
-    expect_as_quick(&times)?;
     Ok(Outcome::new().see("left", 0))
-}
-
-/// How many lifecycles are wanted.
-fn count() -> Result<usize> {
-    let count = match std::env::var(COUNT) {
-        Ok(count) => count.parse().with_context(|| format!("{COUNT}={count} is no number"))?,
-        Err(_) => LIFECYCLES,
-    };
-    ensure!(count >= 5, "{COUNT}={count} has no first and last fifth");
-    Ok(count)
-}
-
-fn expect_as_quick(times: &[Duration]) -> Result<()> {
-    let fifth = times.len() / 5;
-    let (first, last) = (median(&times[..fifth]), median(&times[times.len() - fifth..]));
-    ensure!(last < first * SLOWER + NOISE, "at first a lifecycle took {first:?}, in the end {last:?}");
-    Ok(())
-}
-
-fn median(times: &[Duration]) -> Duration {
-    let mut times = times.to_vec();
-    times.sort_unstable();
-    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 /// Everything in a folder, which need not be there.
