@@ -52,6 +52,7 @@ fn main() {
 }
 
 fn boot() -> Result<Infallible, Box<dyn Error>> {
+    stdio::reserve()?;
     boot::prepare()?;
     let parameters = boot::Parameters::load();
     log::init(parameters.log_level);

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::agent::AgentError;
+use crate::agent::preserved::PreservedError;
 use crate::bundle::BundleError;
 use crate::host::cgroup::CgroupError;
 use crate::host::hooks::HookError;
@@ -36,6 +37,9 @@ pub enum Error {
     /// About the guest.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// About descriptors to be handed over.
+    #[error(transparent)]
+    Preserved(#[from] PreservedError),
     /// About the host's cgroups.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),

@@ -1,6 +1,6 @@
 //! Further processes in a container.
 
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -24,7 +24,10 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(exec_leaves_the_groups),
         case!(exec_adds_capabilities),
         case!(exec_in_a_cgroup),
-        case!(exec_passes_no_descriptors),
+        case!(exec_passes_descriptors).tcg(),
+        case!(exec_passes_a_socket),
+        case!(run_passes_descriptors),
+        case!(a_folder_cannot_be_handed_over),
         case!(exec_has_no_labels),
         case!(exec_in_the_background_has_a_pid),
         case!(a_descriptor_of_a_process_is_handed_over),
@@ -119,14 +122,85 @@ fn exec_in_a_cgroup(h: &Hand) -> Result<Outcome> {
     Ok(Outcome::new().see("own", own.code).see("missing", missing.code))
 }
 
-fn exec_passes_no_descriptors(h: &Hand) -> Result<Outcome> {
+/// The command with what a shell does before it, to its descriptors.
+fn after(redirections: &str, command: Cmd) -> std::process::Command {
+    let command = command.into_command();
+    let mut shell = std::process::Command::new("sh");
+    shell
+        .args(["-c", &format!("{redirections}; exec \"$@\""), "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    if let Some(folder) = command.get_current_dir() {
+        shell.current_dir(folder);
+    }
+    shell
+}
+
+fn exec_passes_descriptors(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle_with(SLEEP, |_| {})?;
     bundle.start()?;
-    let none = bundle.exec("--preserve-fds 0", "echo inside").run()?;
-    let line = "exec 3</dev/null; exec \"$@\"";
-    let command = bundle.exec("--preserve-fds 1", "echo inside").into_command();
-    let one = Cmd::new("sh").args(["-c", line, "sh"]).arg(command.get_program()).args(command.get_args()).run()?;
-    Ok(Outcome::new().see("none", none.code).see("one", one.code))
+    let (input, output) = (h.folder().join("input"), h.folder().join("output"));
+    std::fs::write(&input, "what is read\n")?;
+    let files = format!("exec 3<{} 4>{}", input.display(), output.display());
+    let script = "cat <&3 >&4; echo more >&4; exit 4";
+    let status = after(&files, bundle.exec("--preserve-fds 2", script)).status()?;
+    let written = std::fs::read_to_string(&output)?;
+    expect_equal("what was written", written.as_str(), "what is read\nmore\n")?;
+    // A detached one has a process of its own that stands for it.
+    let status = status.code().unwrap_or(-1);
+    let detached = after(&files, bundle.exec("--detach --preserve-fds 2", "cat <&3 >&4")).status()?;
+    ensure!(detached.success(), "a detached one fails: {detached}");
+    eventually(Duration::from_secs(20), "what a detached one writes", || {
+        Ok((std::fs::read_to_string(&output)? == "what is read\n").then_some(()))
+    })?;
+    let missing = after("exec 3</dev/null", bundle.exec("--preserve-fds 2", "true")).output()?;
+    Ok(Outcome::new().see("exit", status).see("missing", missing.status.code().unwrap_or(-1)))
+}
+
+fn exec_passes_a_socket(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_read_timeout(Some(Duration::from_secs(20)))?;
+    let script = "read word <&3; echo got $word >&3; cat <&3 >&3";
+    let mut command = after("exec 3<&0 </dev/null", bundle.exec("--preserve-fds 1", script));
+    let mut child = command.stdin(OwnedFd::from(theirs)).spawn()?;
+    drop(command);
+    ours.write_all(b"hello\n")?;
+    let mut answer = [0; 10];
+    ours.read_exact(&mut answer)?;
+    expect_equal("answer", String::from_utf8_lossy(&answer).as_ref(), "got hello\n")?;
+    ours.write_all(b"the rest")?;
+    // Its end is the process's, which can still answer.
+    ours.shutdown(std::net::Shutdown::Write)?;
+    let mut rest = String::new();
+    ours.read_to_string(&mut rest)?;
+    expect_equal("rest", rest.as_str(), "the rest")?;
+    Ok(Outcome::new().see("exit", child.wait()?.code().unwrap_or(-1)))
+}
+
+fn run_passes_descriptors(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle("cat <&3 >&4; exit 5")?;
+    let (input, output) = (h.folder().join("input"), h.folder().join("output"));
+    std::fs::write(&input, "what is read\n")?;
+    let files = format!("exec 3<{} 4>{}", input.display(), output.display());
+    let mut run = bundle.call("run --preserve-fds 2");
+    run = run.current_dir(&bundle.path);
+    let status = after(&files, run).status()?;
+    let written = std::fs::read_to_string(&output)?;
+    expect_equal("what was written", written.as_str(), "what is read\n")?;
+    Ok(Outcome::new().see("exit", status.code().unwrap_or(-1)))
+}
+
+fn a_folder_cannot_be_handed_over(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(SLEEP, |_| {})?;
+    bundle.start()?;
+    let output = after("exec 3</", bundle.exec("--preserve-fds 1", "true")).output()?;
+    if !h.runtime().is_runc() {
+        let sentence = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(sentence.contains("descriptor 3 is a directory"), "another sentence: {sentence}");
+    }
+    Ok(Outcome::new().see("exit", output.status.code().unwrap_or(-1)))
 }
 
 fn exec_has_no_labels(h: &Hand) -> Result<Outcome> {

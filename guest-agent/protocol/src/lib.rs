@@ -37,5 +37,11 @@ pub const SHARE_TAG: &str = "runvm";
 /// `mounts/ID/N` and `fresh/ID/N`.
 pub const SHARE_MOUNT_POINT: &str = "/run/runvm/share";
 
+/// The number of the first descriptor that a process is handed beside its stdio.
+pub const PRESERVED_FIRST: i32 = 3;
+
+/// How many there may be.
+pub const MAX_PRESERVED: u32 = 64;
+
 /// Where the guest has the memory that its containers share by names: the `/dev/shm` of a pod.
 pub const SHARED_MEMORY: &str = "/run/runvm/shm";

@@ -16,7 +16,7 @@ use super::cgroup::Cgroup;
 use super::company::Company;
 use super::delegation::delegate;
 use super::init::{self, READY, Reins};
-use super::process::{Stdio, child_log, console, hear, receive_file, report};
+use super::process::{Files, child_log, console, hear, receive_file, report};
 use super::spec::SpecError;
 use crate::child::{self, Birthplace};
 use crate::error::RequestError;
@@ -49,7 +49,7 @@ pub(super) async fn create(
     cgroup: &Cgroup,
     spec: &Spec,
     company: &Company,
-    stdio: Stdio,
+    files: Files,
 ) -> Result<Created, RequestError> {
     let linux = spec.linux().as_ref().ok_or(SpecError::Missing("linux"))?;
     let user_namespace = company.user_namespace().map(AsRef::as_ref);
@@ -64,7 +64,7 @@ pub(super) async fn create(
     let (log, log_end) = child_log().map_err(RequestError::system("make a pipe"))?;
     let reins = Reins { report: report_end, go: go_end, console: console_end, number: number_end };
     let mut keep = vec![reins.report.as_fd(), reins.go.as_fd(), reins.console.as_fd(), reins.number.as_fd()];
-    keep.extend(stdio.ends());
+    keep.extend(files.ends());
     keep.extend(company.descriptor());
     keep.extend(user_namespace.map(UserNamespace::as_fd));
     let expected = reaper.expect();
@@ -75,13 +75,13 @@ pub(super) async fn create(
         cgroup: place.as_fd(),
     };
     let born = child::fork_into(&place, log_end, &keep, || match user_namespace {
-        None => init::live(id, spec, company, &stdio, &reins),
+        None => init::live(id, spec, company, &files, &reins),
         Some(user_namespace) => init::precede(user_namespace.as_fd(), namespaces, spec, &reins, || {
-            init::live_within(id, spec, company, &stdio, &reins)
+            init::live_within(id, spec, company, &files, &reins)
         }),
     });
     drop(keep);
-    drop((reins, stdio));
+    drop((reins, files));
     let born = born.map_err(RequestError::system("start a process"))?;
     let init = match user_namespace {
         None => Ok(born),

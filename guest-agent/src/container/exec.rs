@@ -16,7 +16,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use tokio::io::AsyncReadExt as _;
 
 use super::cgroup::Cgroup;
-use super::process::{self, Stdio, child_log, console, failed, hear, receive_file, report, tell};
+use super::process::{self, Files, child_log, console, failed, hear, receive_file, report, tell};
 use super::{priority, program};
 use crate::child::{self, let_go};
 use crate::error::RequestError;
@@ -81,7 +81,7 @@ pub(super) async fn enter(
     reaper: &Reaper,
     door: &Door,
     visitor: &Visitor,
-    stdio: Stdio,
+    files: Files,
 ) -> Result<Entered, RequestError> {
     let (mut number, number_end) = report().map_err(RequestError::system("make a pipe"))?;
     let (mut failure, failure_end) = report().map_err(RequestError::system("make a pipe"))?;
@@ -90,13 +90,13 @@ pub(super) async fn enter(
     let expected = reaper.expect();
     let reports = Reports { number: number_end, failure: failure_end, console: console_end };
     let mut keep = vec![door.init.as_fd(), reports.number.as_fd(), reports.failure.as_fd(), reports.console.as_fd()];
-    keep.extend(stdio.ends());
-    let helper = child::fork(log_end, &keep, || go_in(door, visitor, &stdio, &reports));
+    keep.extend(files.ends());
+    let helper = child::fork(log_end, &keep, || go_in(door, visitor, &files, &reports));
     drop(keep);
     drop(reports);
     tokio::spawn(log::adopt(log));
     reaper.watch(helper.map_err(RequestError::system("start a process"))?);
-    drop(stdio);
+    drop(files);
 
     let pid = number.read_i32().await;
     let sentence = hear(&mut failure).await.map_err(RequestError::system("hear from the process"))?;
@@ -112,9 +112,9 @@ pub(super) async fn enter(
 
 /// In the child: goes where the container's processes are, and leaves the program to a child of its own, since a PID
 /// namespace takes only children in.
-fn go_in(door: &Door, visitor: &Visitor, stdio: &Stdio, reports: &Reports) -> i32 {
+fn go_in(door: &Door, visitor: &Visitor, files: &Files, reports: &Reports) -> i32 {
     let entered = join(door, visitor).and_then(|()| {
-        let pid = child::split(|| finish(door, &visitor.process, stdio, reports)).map_err(failed("start a process"))?;
+        let pid = child::split(|| finish(door, &visitor.process, files, reports)).map_err(failed("start a process"))?;
         let number = pid.as_raw_nonzero().get().to_be_bytes();
         rustix::io::write(&reports.number, &number).map_err(failed("report the process"))?;
         Ok(())
@@ -158,17 +158,17 @@ fn join_below(door: &Door, path: &str) -> io::Result<()> {
 }
 
 /// In the child's child: becomes the program.
-fn finish(door: &Door, process: &Process, stdio: &Stdio, reports: &Reports) -> i32 {
+fn finish(door: &Door, process: &Process, files: &Files, reports: &Reports) -> i32 {
     let_go(&reports.number);
-    match become_program(door, process, stdio, reports) {
+    match become_program(door, process, files, reports) {
         Err(sentence) => tell(&reports.failure, &sentence),
     }
 }
 
-fn become_program(door: &Door, process: &Process, stdio: &Stdio, reports: &Reports) -> Result<Infallible, String> {
+fn become_program(door: &Door, process: &Process, files: &Files, reports: &Reports) -> Result<Infallible, String> {
     priority::set(process)?;
     rustix::process::setsid().map_err(failed("start a session"))?;
-    process::connect(stdio, reports.console.as_fd(), process, false)?;
+    process::connect(files, reports.console.as_fd(), process, false)?;
     process::settle(process, door.seccomp.as_ref())?;
     program::run(process)
 }

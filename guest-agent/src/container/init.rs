@@ -17,7 +17,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use super::company::Company;
-use super::process::{self, Stdio, failed, tell};
+use super::process::{self, Files, failed, tell};
 use super::{clocks, priority, program, rootfs, sysctl};
 use crate::child::{self, let_go};
 use crate::user_namespace::become_root;
@@ -71,16 +71,16 @@ pub(super) fn precede(
 }
 
 /// The process's life up to its program; its exit code, should it not come so far.
-pub(super) fn live(id: &str, spec: &Spec, company: &Company, stdio: &Stdio, reins: &Reins) -> i32 {
+pub(super) fn live(id: &str, spec: &Spec, company: &Company, files: &Files, reins: &Reins) -> i32 {
     match limit(spec).and_then(|()| shift_clocks(spec)) {
-        Ok(()) => live_within(id, spec, company, stdio, reins),
+        Ok(()) => live_within(id, spec, company, files, reins),
         Err(sentence) => tell(&reins.report, &sentence),
     }
 }
 
 /// The same, of one that has its limits and clocks.
-pub(super) fn live_within(id: &str, spec: &Spec, company: &Company, stdio: &Stdio, reins: &Reins) -> i32 {
-    let process = match prepare(spec, company, stdio, &reins.console) {
+pub(super) fn live_within(id: &str, spec: &Spec, company: &Company, files: &Files, reins: &Reins) -> i32 {
+    let process = match prepare(spec, company, files, &reins.console) {
         Ok(process) => process,
         Err(sentence) => return tell(&reins.report, &sentence),
     };
@@ -103,7 +103,7 @@ fn shift_clocks(spec: &Spec) -> Result<(), String> {
     spec.linux().as_ref().map_or(Ok(()), clocks::shift)
 }
 
-fn prepare<'a>(spec: &'a Spec, company: &Company, stdio: &Stdio, console: &OwnedFd) -> Result<&'a Process, String> {
+fn prepare<'a>(spec: &'a Spec, company: &Company, files: &Files, console: &OwnedFd) -> Result<&'a Process, String> {
     let process = spec.process().as_ref().ok_or("process is missing")?;
     let linux = spec.linux().as_ref().ok_or("linux is missing")?;
     priority::set(process)?;
@@ -112,7 +112,7 @@ fn prepare<'a>(spec: &'a Spec, company: &Company, stdio: &Stdio, console: &Owned
     enter_namespaces(spec, linux)?;
     rootfs::enter(spec, linux)?;
     rootfs::make_directory(process.cwd())?;
-    process::connect(stdio, console.as_fd(), process, true)?;
+    process::connect(files, console.as_fd(), process, true)?;
     use_own_null().map_err(failed("use the container's /dev/null"))?;
     if let Some(personality) = linux.personality() {
         let domain = match personality.domain() {

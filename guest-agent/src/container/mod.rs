@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use libcontainer::oci_spec::runtime::{LinuxMemory, Process as ProcessSpec, Spec};
 use runvm_protocol::agent;
+use rustix::fs::{Gid, Uid};
 use rustix::process::Pid;
 use rustix::thread::ThreadNameSpaceType;
 
@@ -35,11 +36,11 @@ use self::company::Company;
 use self::create::Starter;
 use self::exec::{Door, Visitor};
 use self::nodes::Nodes;
-use self::process::Stdio;
+use self::process::{Files, Stdio};
 use self::spec::{GuestSpec, SpecError};
 use crate::error::RequestError;
 use crate::reaper::{Exit, Reaper};
-use crate::stdio::{Attached, HeldStreams, Pipes, Streams, Terminal, hang_up, window};
+use crate::stdio::{Attached, Connection, HeldStreams, Owner, Pipes, Streams, Terminal, hang_up, window};
 use crate::sync::lock;
 use crate::user_namespace::UserNamespace;
 use crate::{log, sandbox};
@@ -170,17 +171,22 @@ impl Containers {
         spec: &Spec,
         company: &Company,
         stdio: &agent::Stdio,
-        streams: Streams,
+        mut streams: Streams,
     ) -> Result<(Process, Starter), RequestError> {
         let process = spec.process().clone().unwrap_or_default();
+        let owner = owner_of(&process, company.user_namespace());
+        let (connections, preserved) = preserve(&mut streams, owner)?;
         if process.terminal().unwrap_or_default() {
-            let terminal = Stdio::Terminal(size_of(stdio, &process));
-            let created = create::create(&self.reaper, id, cgroup, spec, company, terminal).await?;
+            let files = Files { stdio: Stdio::Terminal(size_of(stdio, &process)), preserved };
+            let created = create::create(&self.reaper, id, cgroup, spec, company, files).await?;
+            attach(connections, &created.exit)?;
             let process = adopt_terminal(streams, created.init, &created.exit, created.master)?;
             return Ok((process, created.starter));
         }
-        let (pipes, ends) = pipes_for(&streams, &process, company.user_namespace())?;
-        let created = create::create(&self.reaper, id, cgroup, spec, company, Stdio::Pipes(ends)).await?;
+        let (pipes, ends) = pipes_for(&streams, owner)?;
+        let files = Files { stdio: Stdio::Pipes(ends), preserved };
+        let created = create::create(&self.reaper, id, cgroup, spec, company, files).await?;
+        attach(connections, &created.exit)?;
         let attached = |streams| Attached::pipes(streams, pipes, &created.exit);
         Ok((adopt(streams, created.init, &created.exit, attached)?, created.starter))
     }
@@ -309,17 +315,22 @@ impl Containers {
         container: &Container,
         visitor: &Visitor,
         stdio: &agent::Stdio,
-        streams: Streams,
+        mut streams: Streams,
     ) -> Result<Process, RequestError> {
         let Container { door, user_namespace, .. } = container;
         let process = &visitor.process;
+        let owner = owner_of(process, user_namespace.as_ref());
+        let (connections, preserved) = preserve(&mut streams, owner)?;
         if process.terminal().unwrap_or_default() {
-            let terminal = Stdio::Terminal(size_of(stdio, process));
-            let entered = exec::enter(&self.reaper, door, visitor, terminal).await?;
+            let files = Files { stdio: Stdio::Terminal(size_of(stdio, process)), preserved };
+            let entered = exec::enter(&self.reaper, door, visitor, files).await?;
+            attach(connections, &entered.exit)?;
             return adopt_terminal(streams, entered.pid, &entered.exit, entered.master);
         }
-        let (pipes, ends) = pipes_for(&streams, process, user_namespace.as_ref())?;
-        let entered = exec::enter(&self.reaper, door, visitor, Stdio::Pipes(ends)).await?;
+        let (pipes, ends) = pipes_for(&streams, owner)?;
+        let files = Files { stdio: Stdio::Pipes(ends), preserved };
+        let entered = exec::enter(&self.reaper, door, visitor, files).await?;
+        attach(connections, &entered.exit)?;
         adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
     }
 
@@ -474,16 +485,26 @@ fn adopt_terminal(streams: Streams, pid: Pid, exit: &Exit, master: Option<OwnedF
     adopt(streams, pid, exit, |streams| Ok(Attached::terminal(streams, terminal, exit)))
 }
 
-fn pipes_for(
-    streams: &Streams,
-    process: &ProcessSpec,
-    user_namespace: Option<&Arc<UserNamespace>>,
-) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
+/// Who owns what a process gets.
+fn owner_of(process: &ProcessSpec, user_namespace: Option<&Arc<UserNamespace>>) -> Owner {
     let user = (process.user().uid(), process.user().gid());
     // That a user namespace does not have the user is for the process to say.
     let outside = user_namespace.and_then(|namespace| namespace.outside(user.0, user.1));
     let (uid, gid) = outside.unwrap_or(user);
-    Pipes::new(streams, uid, gid).map_err(RequestError::system("make the process's pipes"))
+    (Uid::from_raw(uid), Gid::from_raw(gid))
+}
+
+fn pipes_for(streams: &Streams, owner: Owner) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
+    Pipes::new(streams, owner).map_err(RequestError::system("make the process's pipes"))
+}
+
+fn preserve(streams: &mut Streams, owner: Owner) -> Result<(Vec<Connection>, Vec<OwnedFd>), RequestError> {
+    streams.connect_preserved(owner).map_err(RequestError::system("make the process's descriptors"))
+}
+
+fn attach(connections: Vec<Connection>, exit: &Exit) -> Result<(), RequestError> {
+    let attached = connections.into_iter().try_for_each(|connection| connection.attach(exit));
+    attached.map_err(RequestError::system("connect the process's descriptors"))
 }
 
 /// The first size of a terminal: the host's terminal's, else the specification's.

@@ -4,13 +4,14 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
 
 use libcontainer::capabilities;
 use libcontainer::oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp, Process};
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::tty;
+use runvm_protocol::PRESERVED_FIRST;
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType};
@@ -37,14 +38,21 @@ pub(super) enum Stdio {
     Terminal(Option<Winsize>),
 }
 
-impl Stdio {
+/// What a process begins with open.
+pub(super) struct Files {
+    pub(super) stdio: Stdio,
+    /// From descriptor 3 on.
+    pub(super) preserved: Vec<OwnedFd>,
+}
+
+impl Files {
     /// What the process has to have open for it.
     pub(super) fn ends(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let ends = match self {
-            Self::Pipes(ends) => Some([ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()]),
-            Self::Terminal(_) => None,
+        let ends = match &self.stdio {
+            Stdio::Pipes(ends) => Some([ends.stdin.as_fd(), ends.stdout.as_fd(), ends.stderr.as_fd()]),
+            Stdio::Terminal(_) => None,
         };
-        ends.into_iter().flatten()
+        ends.into_iter().flatten().chain(self.preserved.iter().map(AsFd::as_fd))
     }
 }
 
@@ -92,9 +100,20 @@ pub(super) fn limit(process: &Process) -> Result<(), String> {
         .try_for_each(|limit| syscall.set_rlimit(limit).map_err(failed("set process.rlimits")))
 }
 
-/// Connects the process's stdio. The master of its terminal goes into `console`; the first process's terminal is the
-/// container's console too.
-pub(super) fn connect(stdio: &Stdio, console: BorrowedFd<'_>, process: &Process, is_first: bool) -> Result<(), String> {
+/// Connects the process's stdio, and what else it begins with open. The master of its terminal goes into `console`; the
+/// first process's terminal is the container's console too.
+pub(super) fn connect(files: &Files, console: BorrowedFd<'_>, process: &Process, is_first: bool) -> Result<(), String> {
+    connect_stdio(&files.stdio, console, process, is_first)?;
+    for (file, number) in files.preserved.iter().zip(PRESERVED_FIRST..) {
+        // SAFETY: no owner of this number is in this process: the agent reserves it, and its copy was closed here.
+        if unsafe { libc::dup2(file.as_raw_fd(), number) } < 0 {
+            return Err(failed("hand over a descriptor")(io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}
+
+fn connect_stdio(stdio: &Stdio, console: BorrowedFd<'_>, process: &Process, is_first: bool) -> Result<(), String> {
     match stdio {
         Stdio::Pipes(ends) => {
             let done = dup2_stdin(&ends.stdin)

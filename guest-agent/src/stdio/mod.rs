@@ -1,14 +1,15 @@
 //! Between a process's stdin, stdout and stderr and the host's streams.
 
 mod held;
+mod preserved;
 mod relay;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use runvm_protocol::agent;
 use runvm_protocol::mux::ByteStream;
+use runvm_protocol::{MAX_PRESERVED, agent};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
 use rustix::termios::Winsize;
@@ -21,7 +22,10 @@ use crate::readiness;
 use crate::reaper::Exit;
 
 pub(crate) use held::{HeldStreams, NotHeld};
+pub(crate) use preserved::{Connection, reserve};
 pub(crate) use relay::hang_up;
+
+use preserved::Preserved;
 
 /// The capacity of a pipe: fewer and larger steps for those who write a lot.
 const PIPE_SIZE: usize = 256 * 1024;
@@ -56,6 +60,7 @@ pub(crate) struct Streams {
     stdout: Option<Stream>,
     stderr: Option<Stream>,
     pub(crate) lifeline: Option<Stream>,
+    preserved: Vec<Preserved>,
 }
 
 impl Streams {
@@ -66,9 +71,26 @@ impl Streams {
             stdout: held.take(&stdio.stdout).await?,
             stderr: held.take(&stdio.stderr).await?,
             lifeline: held.take(&stdio.lifeline).await?,
+            preserved: {
+                let mut preserved = Vec::new();
+                for named in stdio.preserved.iter().take(MAX_PRESERVED as usize) {
+                    preserved.push(Preserved::take(held, named).await?);
+                }
+                preserved
+            },
         })
     }
+
+    /// Makes what the process finds from descriptor 3 on, and the agent's ends of it.
+    pub(crate) fn connect_preserved(&mut self, owner: Owner) -> io::Result<(Vec<Connection>, Vec<OwnedFd>)> {
+        let made = self.preserved.drain(..).map(|preserved| preserved.connect(owner));
+        let (connections, ends): (Vec<_>, _) = made.collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
+        Ok((connections.into_iter().flatten().collect(), ends))
+    }
 }
+
+/// The user and the group that own what a process gets: programs reopen `/dev/stdout`.
+pub(crate) type Owner = (Uid, Gid);
 
 /// The ends of the pipes that the process gets.
 pub(crate) struct ChildEnds {
@@ -85,9 +107,8 @@ pub(crate) struct Pipes {
 }
 
 impl Pipes {
-    /// Makes pipes for the streams that there are. The process's user owns them: programs reopen `/dev/stdout`.
-    pub(crate) fn new(streams: &Streams, uid: u32, gid: u32) -> io::Result<(Self, ChildEnds)> {
-        let owner = (Uid::from_raw(uid), Gid::from_raw(gid));
+    /// Makes pipes for the streams that there are.
+    pub(crate) fn new(streams: &Streams, owner: Owner) -> io::Result<(Self, ChildEnds)> {
         let (stdin, child_stdin) = match streams.stdin {
             Some(_) => {
                 let (read, write) = pipe()?;
@@ -188,7 +209,7 @@ impl Attached {
 
 fn hand_over(stream: Stream, source: Arc<AsyncFd<OwnedFd>>, exit: &Exit) -> Handover {
     let (report, handed) = watch::channel(None);
-    tokio::spawn(relay::output(source, stream, exit.clone(), report));
+    tokio::spawn(relay::output(source, stream, exit.clone(), report, relay::Until::End));
     Handover(handed)
 }
 
@@ -203,7 +224,7 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((read, write))
 }
 
-fn owned_by(file: OwnedFd, (uid, gid): (Uid, Gid)) -> io::Result<OwnedFd> {
+fn owned_by(file: OwnedFd, (uid, gid): Owner) -> io::Result<OwnedFd> {
     rustix::fs::fchown(&file, Some(uid), Some(gid))?;
     Ok(file)
 }

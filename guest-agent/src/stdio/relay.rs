@@ -26,6 +26,15 @@ pub(super) async fn input(mut stream: Stream, sink: Arc<AsyncFd<OwnedFd>>) {
     }
 }
 
+/// How long an output is carried.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Until {
+    /// Until nobody has it open any more.
+    End,
+    /// Until the process has ended, and all that it wrote is handed over.
+    Exit,
+}
+
 /// Carries the process's bytes to the host until the process's side ends. Reports how many it has carried when all
 /// is done that the process wrote until its end.
 ///
@@ -37,6 +46,7 @@ pub(super) async fn output(
     stream: Stream,
     exit: Exit,
     report: watch::Sender<Option<u64>>,
+    until: Until,
 ) {
     let mut stream = Some(stream);
     let mut buffer = vec![0; CHUNK];
@@ -72,6 +82,9 @@ pub(super) async fn output(
             *due = due.saturating_sub(read as u64);
             if *due == 0 || stream.is_none() {
                 report.send_replace(Some(carried));
+                if until == Until::Exit {
+                    break;
+                }
             }
         }
     }
@@ -142,19 +155,19 @@ mod tests {
 
     const PID: i32 = 7;
 
-    fn start_output() -> Running {
+    fn start_output(until: Until) -> Running {
         let (source, process) = pipe(true);
         let (stream, host) = tokio::io::duplex(1 << 20);
         let reaper = Reaper::default();
         let exit = reaper.watch(Pid::from_raw(PID).unwrap());
         let (report, handed) = watch::channel(None);
-        tokio::spawn(output(source, Box::new(stream), exit, report));
+        tokio::spawn(output(source, Box::new(stream), exit, report, until));
         Running { process, host, reaper, handed }
     }
 
     #[tokio::test]
     async fn output_is_handed_over_when_its_end_is_reached() {
-        let mut running = start_output();
+        let mut running = start_output(Until::End);
         running.process.write_all(b"hello").unwrap();
         drop(running.process);
         let mut seen = Vec::new();
@@ -165,7 +178,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_child_in_the_background_outlives_the_host() {
-        let mut running = start_output();
+        let mut running = start_output(Until::End);
         running.process.write_all(b"last words").unwrap();
         running.reaper.ended(PID, 0);
         assert_eq!(*running.handed.wait_for(Option::is_some).await.unwrap(), Some(10));
@@ -181,8 +194,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_outlives_a_process_may_be_cut_off() {
+        let mut running = start_output(Until::Exit);
+        running.process.write_all(b"last words").unwrap();
+        running.reaper.ended(PID, 0);
+        let mut seen = Vec::new();
+        running.host.read_to_end(&mut seen).await.unwrap();
+        assert_eq!(seen, b"last words");
+        assert_eq!(running.process.write_all(b"?").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test]
     async fn a_process_learns_that_its_reader_has_gone() {
-        let mut running = start_output();
+        let mut running = start_output(Until::End);
         drop(running.host);
         let mut reader_gone = running.handed.clone();
         reader_gone.wait_for(Option::is_some).await.unwrap();

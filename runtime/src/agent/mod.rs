@@ -2,6 +2,7 @@
 //!
 //! The guest is hostile: each answer is waited for with a bound, and what it says is passed on as data only.
 
+pub mod preserved;
 mod stdio;
 mod tunnel;
 

@@ -9,6 +9,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use super::preserved::Preserved;
 use super::{ANSWER_LIMIT, Agent, AgentError, Output};
 use crate::host::terminal::{self, Size};
 use crate::vmm::ByteStream;
@@ -32,6 +33,8 @@ pub struct Descriptors {
     pub stderr: Option<Sink>,
     /// That of its terminal.
     pub size: Size,
+    /// What else it has open, from descriptor 3 on.
+    pub preserved: Vec<Preserved>,
 }
 
 impl Descriptors {
@@ -52,6 +55,7 @@ impl Descriptors {
             // A terminal has one output.
             stderr: if terminal { None } else { duplicate(&io::stderr())?.map(|descriptor| file(descriptor) as Sink) },
             size: if terminal { terminal::size(io::stdin()) } else { Size::default() },
+            preserved: Vec::new(),
         })
     }
 
@@ -65,7 +69,17 @@ impl Descriptors {
             stdout: Some(file(slave.try_clone()?)),
             stderr: None,
             size: terminal::size(slave),
+            preserved: Vec::new(),
         })
+    }
+
+    /// The same with these descriptors from 3 on.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub fn with(mut self, preserved: Vec<OwnedFd>) -> io::Result<Self> {
+        self.preserved = preserved.into_iter().map(Preserved::new).collect::<io::Result<_>>()?;
+        Ok(self)
     }
 }
 
@@ -80,6 +94,8 @@ pub struct Relay {
     stdin: Option<(Source, ByteStream)>,
     stdout: Option<(ByteStream, Sink)>,
     stderr: Option<(ByteStream, Sink)>,
+    inputs: Vec<(Source, ByteStream)>,
+    outputs: Vec<(ByteStream, Sink)>,
     /// As long as this is open, the guest's process has somebody to run for.
     lifeline: Option<ByteStream>,
 }
@@ -100,7 +116,8 @@ impl Relay {
             terminal_columns: descriptors.size.columns.into(),
             ..Default::default()
         };
-        let mut relay = Self { stdin: None, stdout: None, stderr: None, lifeline: None };
+        let mut relay =
+            Self { stdin: None, stdout: None, stderr: None, inputs: Vec::new(), outputs: Vec::new(), lifeline: None };
         if let Some(source) = descriptors.stdin {
             named.stdin = format!("{key}/stdin");
             relay.stdin = Some((source, agent.open_stdio(&named.stdin).await?));
@@ -113,6 +130,18 @@ impl Relay {
             named.stderr = format!("{key}/stderr");
             relay.stderr = Some((agent.open_stdio(&named.stderr).await?, sink));
         }
+        for (index, Preserved { source, sink }) in descriptors.preserved.into_iter().enumerate() {
+            let mut preserved = wire::Preserved::default();
+            if let Some(source) = source {
+                preserved.input = format!("{key}/in/{index}");
+                relay.inputs.push((source, agent.open_stdio(&preserved.input).await?));
+            }
+            if let Some(sink) = sink {
+                preserved.output = format!("{key}/out/{index}");
+                relay.outputs.push((agent.open_stdio(&preserved.output).await?, sink));
+            }
+            named.preserved.push(preserved);
+        }
         if lifeline {
             named.lifeline = format!("{key}/life");
             relay.lifeline = Some(agent.open_stdio(&named.lifeline).await?);
@@ -123,7 +152,7 @@ impl Relay {
     /// Begins to move bytes.
     pub fn start(self) -> RunningRelay {
         let mut carriers = JoinSet::new();
-        if let Some((input, stream)) = self.stdin {
+        for (input, stream) in self.stdin.into_iter().chain(self.inputs) {
             carriers.spawn(send(input, stream));
         }
         let mut carry = |output: Option<(ByteStream, Sink)>| {
@@ -134,7 +163,8 @@ impl Relay {
             })
         };
         let (stdout, stderr) = (carry(self.stdout), carry(self.stderr));
-        RunningRelay { stdout, stderr, _carriers: carriers, _lifeline: self.lifeline }
+        let preserved = self.outputs.into_iter().filter_map(|output| carry(Some(output))).collect();
+        RunningRelay { stdout, stderr, preserved, _carriers: carriers, _lifeline: self.lifeline }
     }
 }
 
@@ -142,6 +172,8 @@ impl Relay {
 pub struct RunningRelay {
     stdout: Option<watch::Receiver<Carried>>,
     stderr: Option<watch::Receiver<Carried>>,
+    /// They end with the process.
+    preserved: Vec<watch::Receiver<Carried>>,
     _carriers: JoinSet<()>,
     _lifeline: Option<ByteStream>,
 }
@@ -152,8 +184,11 @@ impl RunningRelay {
     pub async fn drained(&self, output: Output) {
         for (carried, wanted) in [(&self.stdout, output.stdout), (&self.stderr, output.stderr)] {
             if let Some(carried) = carried {
-                drain(carried.clone(), wanted).await;
+                drain(carried.clone(), Some(wanted)).await;
             }
+        }
+        for carried in &self.preserved {
+            drain(carried.clone(), None).await;
         }
     }
 
@@ -166,17 +201,18 @@ impl RunningRelay {
     }
 }
 
-async fn drain(mut carried: watch::Receiver<Carried>, wanted: u64) {
+/// Waits for that much of an output, or for its end.
+async fn drain(mut carried: watch::Receiver<Carried>, wanted: Option<u64>) {
     loop {
         let before = carried.borrow().bytes;
-        let arrived = carried.wait_for(|carried| carried.ended || carried.bytes >= wanted);
+        let arrived = carried.wait_for(|carried| carried.ended || wanted.is_some_and(|wanted| carried.bytes >= wanted));
         // An error means that the carrier has ended: nothing more will come.
         if tokio::time::timeout(ANSWER_LIMIT, arrived).await.is_ok() {
             return;
         }
         let now = carried.borrow();
         if now.bytes == before && !now.writing {
-            tracing::warn!("the guest owes {} bytes of output, and does not send them", wanted - now.bytes);
+            tracing::warn!("the guest owes output, and does not send it: {} bytes have come", now.bytes);
             return;
         }
     }
@@ -191,7 +227,7 @@ struct Carried {
     ended: bool,
 }
 
-fn file(descriptor: OwnedFd) -> Box<File> {
+pub(super) fn file(descriptor: OwnedFd) -> Box<File> {
     // Any kind of file must do, and the descriptions are shared with other processes, so they stay blocking: the reads
     // and writes are made on threads of the runtime's pool.
     let mut file = File::from_std(descriptor.into());
@@ -251,7 +287,7 @@ mod tests {
     async fn output_that_a_guest_owes_is_not_waited_for_without_end() {
         let (mut guest, _reader, carried) = carrying();
         guest.write_all(b"some").await.unwrap();
-        drain(carried.clone(), u64::MAX).await;
+        drain(carried.clone(), Some(u64::MAX)).await;
         assert_eq!(carried.borrow().bytes, 4);
     }
 
@@ -263,7 +299,7 @@ mod tests {
         guest.write_all(&output).await.unwrap();
         carried.wait_for(|carried| carried.writing).await.unwrap();
         tokio::time::pause();
-        let draining = tokio::spawn(drain(carried, PIECE as u64));
+        let draining = tokio::spawn(drain(carried, Some(PIECE as u64)));
         // The pipe holds less, and time goes by.
         tokio::time::advance(10 * ANSWER_LIMIT).await;
         assert!(!draining.is_finished());

@@ -212,6 +212,8 @@ pub enum Verb {
     ExecProxy {
         #[arg(long)]
         console_socket: Option<PathBuf>,
+        #[arg(long, default_value_t = 0)]
+        preserve_fds: u32,
         id: String,
     },
     /// The virtio-fs daemon of a VM; the monitor starts it.
@@ -255,7 +257,7 @@ pub struct CreateArgs {
     /// Accepted for runc's sake: a guest's keyrings are its own.
     #[arg(long)]
     no_new_keyring: bool,
-    /// Number of further descriptors to pass on; descriptors cannot reach a guest, so only 0.
+    /// Number of descriptors from 3 on that its process has as well, to read from and write to.
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
     /// Container ID, unique below the state root.
@@ -268,13 +270,14 @@ impl CreateArgs {
     /// # Errors
     /// [`Error::Usage`] for what a VM cannot have.
     pub fn into_create(self) -> Result<Create> {
-        refuse_descriptors(self.preserve_fds)?;
+        remark_activation();
         Ok(Create {
             id: self.id,
             bundle: self.bundle,
             console_socket: self.console_socket,
             pid_file: self.pid_file,
             pidfd_socket: self.pidfd_socket,
+            preserve_fds: self.preserve_fds,
         })
     }
 }
@@ -338,7 +341,7 @@ pub struct ExecArgs {
     /// Cgroup below the container's, which has to be there.
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
-    /// Number of further descriptors to pass on; descriptors cannot reach a guest, so only 0.
+    /// Number of descriptors from 3 on that it has as well, to read from and write to.
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
     /// Refused: the guest's kernel has no SELinux.
@@ -363,7 +366,7 @@ impl ExecArgs {
     /// # Errors
     /// [`Error::Usage`] where neither a command nor a file says what to run, and for what a VM cannot have.
     pub fn into_exec(self) -> Result<Exec> {
-        refuse_descriptors(self.preserve_fds)?;
+        remark_activation();
         refuse_label("--process-label", &self.process_label, "SELinux")?;
         refuse_label("--apparmor", &self.apparmor, "AppArmor")?;
         let cgroup = sub_cgroup(&self.cgroup)?;
@@ -391,21 +394,17 @@ impl ExecArgs {
             pid_file: self.pid_file,
             pidfd_socket: self.pidfd_socket,
             console_socket: self.console_socket,
+            preserve_fds: self.preserve_fds,
         })
     }
 }
 
-/// An engine's environment may carry what systemd told the engine, so that is no more than remarked.
-fn refuse_descriptors(count: u32) -> Result<()> {
+/// Descriptors that systemd hands down are sockets that listen, on the host. An engine's environment may carry what it was
+/// told of its own, so that is no more than remarked.
+fn remark_activation() {
     if let Some(count) = std::env::var_os("LISTEN_FDS").filter(|count| count != "0") {
         let count = count.display();
-        tracing::warn!("LISTEN_FDS={count} is not followed: a descriptor of the host cannot reach a guest");
-    }
-    match count {
-        0 => Ok(()),
-        _ => Err(Error::Usage(format!(
-            "--preserve-fds {count}: a descriptor of the host cannot reach a guest: use a volume, or the standard streams"
-        ))),
+        tracing::warn!("LISTEN_FDS={count} is not followed: a socket that listens cannot be open in a VM");
     }
 }
 
@@ -438,6 +437,8 @@ pub struct MonitorArgs {
     folder: PathBuf,
     #[arg(long)]
     console_socket: Option<PathBuf>,
+    #[arg(long, default_value_t = 0)]
+    preserve_fds: u32,
     id: String,
 }
 
@@ -452,6 +453,7 @@ impl MonitorArgs {
             vm: globals.vm.clone(),
             log: globals.log.clone(),
             guest_console: globals.guest_console.clone(),
+            preserve_fds: self.preserve_fds,
         }
     }
 }

@@ -89,7 +89,9 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
         )),
         Verb::Version => print(&format!("runvm {}\n", *args::VERSION)),
         Verb::Monitor(args) => return Ok(monitor::main(&args.into_options(globals)).into()),
-        Verb::ExecProxy { console_socket, id } => return Ok(container::proxy(globals, &id, console_socket).into()),
+        Verb::ExecProxy { console_socket, preserve_fds, id } => {
+            return Ok(container::proxy(globals, &id, console_socket, preserve_fds).into());
+        }
         Verb::ShareDaemon => return Ok(share::daemon_main()),
         Verb::OomVictim { bytes } => {
             oom::victim(bytes);

@@ -1,8 +1,12 @@
 //! `create`: from a bundle to a VM with a container in it that waits for `start`.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
 
+use runvm_protocol::PRESERVED_FIRST;
+
+use crate::agent::preserved;
 use crate::bundle::{self, Bundle, lone_member};
 use crate::error::{Error, Result};
 use crate::host::cgroup::Cgroup;
@@ -24,6 +28,8 @@ pub struct Create {
     pub pid_file: Option<PathBuf>,
     /// The socket that gets a descriptor of the monitor.
     pub pidfd_socket: Option<PathBuf>,
+    /// How many of this process's descriptors from 3 on its first process is handed.
+    pub preserve_fds: u32,
 }
 
 /// A created container, as its creator holds it.
@@ -43,6 +49,7 @@ pub struct Running {
 /// [`Error`].
 pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     log::stage("create main");
+    let preserved = preserved::take(PRESERVED_FIRST, options.preserve_fds)?;
     let bundle = Bundle::load(&options.bundle)?;
     check_terminal(&bundle, options)?;
     // The monitor does this again; here it finds a mistake before anything is made.
@@ -50,7 +57,8 @@ pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     bundle::mount_points::make(&bundle)?;
     bundle::remark(&bundle.spec);
     let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
-    let launched = expect_vacancy(globals, &container).and_then(|()| launch(globals, options, &bundle, &mut container));
+    let launched =
+        expect_vacancy(globals, &container).and_then(|()| launch(globals, options, &bundle, &mut container, preserved));
     let launched = launched.and_then(|mut launched| match bring_up(options, &bundle, &mut container, &mut launched) {
         Ok(()) => Ok(launched),
         Err(error) => {
@@ -92,7 +100,13 @@ fn expect_vacancy(globals: &Globals, container: &Container) -> Result<()> {
     }
 }
 
-fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &mut Container) -> Result<Launched> {
+fn launch(
+    globals: &Globals,
+    options: &Create,
+    bundle: &Bundle,
+    container: &mut Container,
+    preserved: Vec<OwnedFd>,
+) -> Result<Launched> {
     let cgroup = Cgroup::create(&bundle.spec, &options.id, container.record.size.memory)?;
     container.record.cgroups = cgroup.folders().to_vec();
     container.save()?;
@@ -103,7 +117,7 @@ fn launch(globals: &Globals, options: &Create, bundle: &Bundle, container: &mut 
         command.arg("--console-socket").arg(socket);
     }
     command.arg(&options.id);
-    let launched = Launched::start(command)?;
+    let launched = Launched::start(command, preserved)?;
     container.record.monitor = Some(launched.identity);
     Ok(launched)
 }

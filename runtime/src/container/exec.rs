@@ -1,20 +1,21 @@
 //! `exec`: a further process in a running container, with a proxy of its own on the host.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, User};
-use runvm_protocol::agent as wire;
+use runvm_protocol::{PRESERVED_FIRST, agent as wire};
 use rustix::process::setsid;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay};
+use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay, preserved};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result, sentence};
 use crate::host::process::ProcessIdentity;
 use crate::host::terminal::RawTerminal;
 use crate::monitor::{
-    self, Globals, KILLED, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded,
+    self, Globals, KILLED, Launched, Owner, PRESERVED, Process, ToOwner, attend, controlling_terminal, single_threaded,
 };
 use crate::state::{self, Container, Status};
 
@@ -68,6 +69,8 @@ pub struct Exec {
     pub pidfd_socket: Option<PathBuf>,
     /// The socket that gets the terminal's master.
     pub console_socket: Option<PathBuf>,
+    /// How many of this process's descriptors from 3 on it is handed.
+    pub preserve_fds: u32,
 }
 
 /// Runs a process in a container; its exit status, or 0 once it runs where it is detached.
@@ -75,6 +78,7 @@ pub struct Exec {
 /// # Errors
 /// [`Error::NotRunning`] where the container has no processes; the agent's.
 pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
+    let preserved = preserved::take(PRESERVED_FIRST, options.preserve_fds)?;
     let container = Container::look(&globals.root, &options.id)?;
     match container.status() {
         Status::Running | Status::Created => {}
@@ -89,9 +93,9 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
     }
     if !options.detach && options.console_socket.is_none() {
         tell_of(options, std::process::id())?;
-        return foreground(&container, &process, &options.cgroup);
+        return foreground(&container, &process, &options.cgroup, preserved);
     }
-    let mut launched = launch(globals, options)?;
+    let mut launched = launch(globals, options, preserved)?;
     launched.await_ready()?;
     tell_of(options, launched.identity.pid)?;
     launched.go(&to_json(&Parcel { process, cgroup: options.cgroup.clone() })?)?;
@@ -177,14 +181,15 @@ fn add_capabilities(mut capabilities: LinuxCapabilities, names: &[String]) -> Re
 }
 
 /// Runs the process with this command as its proxy.
-fn foreground(container: &Container, process: &OciProcess, cgroup: &str) -> Result<u8> {
+fn foreground(container: &Container, process: &OciProcess, cgroup: &str, preserved: Vec<OwnedFd>) -> Result<u8> {
     let terminal = process.terminal().unwrap_or(false);
     let _raw = match terminal {
         true => RawTerminal::new(io::stdin()).map_err(Error::system("set up the terminal"))?,
         false => None,
     };
     single_threaded(async {
-        let descriptors = Descriptors::inherited(terminal).map_err(Error::system("duplicate the stdio"))?;
+        let descriptors = Descriptors::inherited(terminal).and_then(|descriptors| descriptors.with(preserved));
+        let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
         let (process, relay) = begin(container, process, cgroup, descriptors).await?;
         let own = io::stdin();
         let own = terminal.then(|| std::os::fd::AsFd::as_fd(&own).try_clone_to_owned()).transpose();
@@ -255,18 +260,18 @@ fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|error| Error::system("write the process")(error))
 }
 
-fn launch(globals: &Globals, options: &Exec) -> Result<Launched> {
+fn launch(globals: &Globals, options: &Exec, preserved: Vec<OwnedFd>) -> Result<Launched> {
     let mut command = globals.command();
     command.arg("exec-proxy");
     if let Some(socket) = &options.console_socket {
         command.arg("--console-socket").arg(socket);
     }
     command.arg(&options.id);
-    Launched::start(command)
+    Launched::start(command, preserved)
 }
 
 /// The proxy of one exec: the PID that engines are told. It ends with the process's status, and the process ends with it.
-pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>) -> u8 {
+pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>, preserve_fds: u32) -> u8 {
     let mut owner = match Owner::inherited() {
         Ok(owner) => owner,
         Err(error) => {
@@ -274,7 +279,7 @@ pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>) -> u8
             return u8::MAX;
         }
     };
-    match stand_for_process(globals, id, console_socket, &mut owner) {
+    match stand_for_process(globals, id, console_socket, preserve_fds, &mut owner) {
         Ok(status) => status,
         Err(error) => {
             let _ = owner.send(&ToOwner::Failed { message: sentence(&error) });
@@ -283,7 +288,14 @@ pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>) -> u8
     }
 }
 
-fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf>, owner: &mut Owner) -> Result<u8> {
+fn stand_for_process(
+    globals: &Globals,
+    id: &str,
+    console_socket: Option<PathBuf>,
+    preserve_fds: u32,
+    owner: &mut Owner,
+) -> Result<u8> {
+    let preserved = preserved::take(PRESERVED, preserve_fds)?;
     setsid().map_err(Error::system("make a session"))?;
     let container = Container::look(&globals.root, id)?;
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to `runvm exec`"))?;
@@ -302,6 +314,7 @@ fn stand_for_process(globals: &Globals, id: &str, console_socket: Option<PathBuf
             Some(slave) => Descriptors::terminal(slave),
             None => Descriptors::inherited(false),
         };
+        let descriptors = descriptors.and_then(|descriptors| descriptors.with(preserved));
         let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
         let (process, relay) = begin(&container, &process, &cgroup, descriptors).await?;
         monitor::release_stdio().map_err(Error::system("release the stdio"))?;

@@ -10,6 +10,8 @@ use crate::host::process::ProcessIdentity;
 
 /// The number of the socket's descriptor in the started process.
 pub const DESCRIPTOR: RawFd = 3;
+/// The number of the first descriptor that is handed down for the container's process.
+pub const PRESERVED: RawFd = DESCRIPTOR + 1;
 /// The longest line, in bytes.
 const MAX_LINE: u64 = 64 << 10;
 

@@ -1,11 +1,12 @@
 //! Starting a monitor or an exec's proxy: this program again, with the caller's stdio and its end of the handshake.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 
 use command_fds::{CommandFdExt as _, FdMapping};
 
-use super::handshake::{DESCRIPTOR, Started, ToOwner};
+use super::handshake::{DESCRIPTOR, PRESERVED, Started, ToOwner};
 use crate::error::{Error, Result};
 use crate::host::process::{ProcessIdentity, own_program};
 use crate::log;
@@ -49,14 +50,20 @@ pub struct Launched {
 }
 
 impl Launched {
-    /// Starts `command`, which is a hidden verb of this program.
+    /// Starts `command`, which is a hidden verb of this program, with these descriptors of its caller's.
     ///
     /// # Errors
     /// [`Error::System`].
-    pub fn start(mut command: Command) -> Result<Self> {
+    pub fn start(mut command: Command, preserved: Vec<OwnedFd>) -> Result<Self> {
         let (started, theirs) = Started::pair().map_err(Error::system("make a socket"))?;
+        if !preserved.is_empty() {
+            command.arg("--preserve-fds").arg(preserved.len().to_string());
+        }
+        let preserved = preserved.into_iter().zip(PRESERVED..);
+        let mappings =
+            preserved.chain([(theirs, DESCRIPTOR)]).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
         command
-            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: DESCRIPTOR }])
+            .fd_mappings(mappings.collect())
             .map_err(|error| Error::system("hand down a socket")(std::io::Error::other(error)))?;
         let child = command.spawn().map_err(Error::system("start the monitor"))?;
         // The command holds the child's end of the socket open; with it this side would never see the child's end.

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 
-use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
+use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel, preserved};
 use crate::bundle::{self, Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
 use crate::host::stand_in::{self, Standing};
@@ -26,7 +26,7 @@ use crate::state::Container;
 use crate::vmm;
 
 pub use attend::{KILL_SENT, KILLED, Process, attend};
-pub use handshake::{Owner, ToOwner};
+pub use handshake::{Owner, PRESERVED, ToOwner};
 pub use launch::{Globals, Launched};
 
 /// How long the end of a container waits for its execs to take their leave. They end with it: what can delay them is
@@ -50,6 +50,8 @@ pub struct Options {
     pub log: log::Options,
     /// Where the guest's console is written.
     pub guest_console: Option<PathBuf>,
+    /// How many descriptors the container's process is handed beside its stdio.
+    pub preserve_fds: u32,
 }
 
 /// Runs a monitor to its end; the status to exit with.
@@ -78,6 +80,7 @@ pub fn main(options: &Options) -> u8 {
 
 fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     log::stage("monitor main");
+    let preserved = preserved::take(PRESERVED, options.preserve_fds)?;
     raise_limit_of_files().map_err(Error::system("raise the limit of open files"))?;
     // The engine's terminal, and signals to its process group, are not the monitor's.
     setsid().map_err(Error::system("make a session"))?;
@@ -95,7 +98,8 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to the creator"))?;
     owner.await_go().map_err(Error::system("wait for the creator"))?;
     log::stage("hooks done");
-    let work = |standing| single_threaded(run(options, &bundle, guest, terminal, owner, standing));
+    let work =
+        |standing| single_threaded(run(options, &bundle, guest, Streams { terminal, preserved }, owner, standing));
     stand_in::behind(&bundle.rootfs, work).map_err(Error::system("start a thread"))?
 }
 
@@ -124,14 +128,21 @@ pub fn controlling_terminal(console_socket: PathBuf) -> Result<OwnedFd> {
     Ok(slave)
 }
 
+/// What the container's process is joined to, unless that is this one's stdio.
+struct Streams {
+    terminal: Option<OwnedFd>,
+    preserved: Vec<OwnedFd>,
+}
+
 async fn run(
     options: &Options,
     bundle: &Bundle,
     guest: GuestSpec,
-    terminal: Option<OwnedFd>,
+    streams: Streams,
     owner: &mut Owner,
     standing: Standing,
 ) -> Result<u8> {
+    let Streams { terminal, preserved } = streams;
     let mut sandbox = Sandbox::boot(Config {
         vm: options.vm.clone(),
         size: Size::of(&bundle.spec),
@@ -148,6 +159,7 @@ async fn run(
         Some(slave) => Descriptors::terminal(slave),
         None => Descriptors::inherited(bundle.terminal()),
     };
+    let descriptors = descriptors.and_then(|descriptors| descriptors.with(preserved));
     let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
     let relay = match sandbox.agent.make_container(&options.id, &guest, None, descriptors).await {
         Ok(relay) => relay,
