@@ -97,7 +97,8 @@ fn terminal_has_the_size_of_ours(d: &Docker) -> Result<Outcome> {
 
 fn terminal_follows_a_resize(d: &Docker) -> Result<Outcome> {
     let script = "until [ \"$(stty size 2>/dev/null)\" = '33 99' ]; do sleep 0.1; done;
-                  trap 'stty size; exit 4' WINCH; echo ready; while :; do sleep 0.1; done";
+                  trap 'stty size; [ \"$(stty size)\" = \"44 122\" ] && exit 4' WINCH;
+                  echo ready; while :; do sleep 0.1; done";
     let mut terminal = Terminal::open(d.sh("-it", script), 33, 99)?;
     terminal.expect("ready")?;
     terminal.resize(44, 122)?;
