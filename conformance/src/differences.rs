@@ -83,6 +83,11 @@ impl Differences {
         bail!("runvm is not as runc here\n{}", complaints.join("\n"))
     }
 
+    /// The observations of a case that may differ.
+    pub fn of<'a>(&'a self, case: &'a str) -> impl Iterator<Item = &'a str> {
+        self.0.iter().filter(move |entry| entry.case == case).map(|entry| entry.what.as_str())
+    }
+
     /// Entries of `suite` whose case does not exist.
     pub fn strays(&self, suite: &str, cases: &[String]) -> Vec<String> {
         let prefix = format!("{suite}::");

@@ -98,8 +98,12 @@ impl Stage {
     }
 
     fn found(&self, index: usize, place: usize) -> Result<Assertions> {
-        let Entry { program, found, .. } = &self.programs[index];
+        let Entry { program, found, case } = &self.programs[index];
         let run = || program.run(&self.contenders[place]).map_err(|error| format!("{error:#}"));
+        let run = || match place {
+            0 => proven(run, |found| self.differences.of(case).all(|name| name == "*" || found.get(name).held > 0)),
+            _ => run(),
+        };
         found[place].get_or_init(run).clone().map_err(|error| anyhow!(error))
     }
 
@@ -115,6 +119,23 @@ impl Stage {
             numbers.map(|(place, contender)| format!("{} {}/{all}", contender.name, held(place))).collect();
         format!("oci: assertions that hold: {}", numbers.join(", "))
     }
+}
+
+/// What a program finds of runc, which a few programs now and then come to no end with: where that is less than is known
+/// to hold it is run again.
+fn proven(
+    run: impl Fn() -> Result<Assertions, String>,
+    as_known: impl Fn(&Assertions) -> bool,
+) -> Result<Assertions, String> {
+    const RUNS: usize = 3;
+    let mut found = run();
+    for _ in 1..RUNS {
+        if found.as_ref().is_ok_and(&as_known) {
+            break;
+        }
+        found = run();
+    }
+    found
 }
 
 fn made_by_any(found: &[Assertions]) -> usize {
