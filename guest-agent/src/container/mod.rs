@@ -40,7 +40,7 @@ use self::process::{Files, Stdio};
 use self::spec::{GuestSpec, SpecError};
 use crate::error::RequestError;
 use crate::reaper::{Exit, Reaper};
-use crate::stdio::{Attached, Connection, HeldStreams, Owner, Pipes, Streams, Terminal, hang_up, window};
+use crate::stdio::{Attached, HeldStreams, Owner, Pipes, Streams, Terminal, hang_up, window};
 use crate::sync::lock;
 use crate::user_namespace::UserNamespace;
 use crate::{log, sandbox};
@@ -175,18 +175,16 @@ impl Containers {
     ) -> Result<(Process, Starter), RequestError> {
         let process = spec.process().clone().unwrap_or_default();
         let owner = owner_of(&process, company.user_namespace());
-        let (connections, preserved) = preserve(&mut streams, owner)?;
+        let preserved = preserve(&mut streams, owner)?;
         if process.terminal().unwrap_or_default() {
             let files = Files { stdio: Stdio::Terminal(size_of(stdio, &process)), preserved };
             let created = create::create(&self.reaper, id, cgroup, spec, company, files).await?;
-            attach(connections, &created.exit)?;
             let process = adopt_terminal(streams, created.init, &created.exit, created.master)?;
             return Ok((process, created.starter));
         }
         let (pipes, ends) = pipes_for(&streams, owner)?;
         let files = Files { stdio: Stdio::Pipes(ends), preserved };
         let created = create::create(&self.reaper, id, cgroup, spec, company, files).await?;
-        attach(connections, &created.exit)?;
         let attached = |streams| Attached::pipes(streams, pipes, &created.exit);
         Ok((adopt(streams, created.init, &created.exit, attached)?, created.starter))
     }
@@ -320,17 +318,15 @@ impl Containers {
         let Container { door, user_namespace, .. } = container;
         let process = &visitor.process;
         let owner = owner_of(process, user_namespace.as_ref());
-        let (connections, preserved) = preserve(&mut streams, owner)?;
+        let preserved = preserve(&mut streams, owner)?;
         if process.terminal().unwrap_or_default() {
             let files = Files { stdio: Stdio::Terminal(size_of(stdio, process)), preserved };
             let entered = exec::enter(&self.reaper, door, visitor, files).await?;
-            attach(connections, &entered.exit)?;
             return adopt_terminal(streams, entered.pid, &entered.exit, entered.master);
         }
         let (pipes, ends) = pipes_for(&streams, owner)?;
         let files = Files { stdio: Stdio::Pipes(ends), preserved };
         let entered = exec::enter(&self.reaper, door, visitor, files).await?;
-        attach(connections, &entered.exit)?;
         adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
     }
 
@@ -463,7 +459,8 @@ fn adopt(
     attach: impl FnOnce(Streams) -> std::io::Result<Attached>,
 ) -> Result<Process, RequestError> {
     let lifeline = streams.lifeline.take();
-    let attached = attach(streams).map_err(RequestError::system("connect the process"))?;
+    let attached = streams.attach_preserved(exit).and_then(|()| attach(streams));
+    let attached = attached.map_err(RequestError::system("connect the process"))?;
     let process = Process { pid, exit: exit.clone(), attached };
     if let Some(lifeline) = lifeline {
         let process = process.clone();
@@ -498,13 +495,8 @@ fn pipes_for(streams: &Streams, owner: Owner) -> Result<(Pipes, crate::stdio::Ch
     Pipes::new(streams, owner).map_err(RequestError::system("make the process's pipes"))
 }
 
-fn preserve(streams: &mut Streams, owner: Owner) -> Result<(Vec<Connection>, Vec<OwnedFd>), RequestError> {
+fn preserve(streams: &mut Streams, owner: Owner) -> Result<Vec<OwnedFd>, RequestError> {
     streams.connect_preserved(owner).map_err(RequestError::system("make the process's descriptors"))
-}
-
-fn attach(connections: Vec<Connection>, exit: &Exit) -> Result<(), RequestError> {
-    let attached = connections.into_iter().try_for_each(|connection| connection.attach(exit));
-    attached.map_err(RequestError::system("connect the process's descriptors"))
 }
 
 /// The first size of a terminal: the host's terminal's, else the specification's.

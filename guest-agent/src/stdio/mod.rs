@@ -22,10 +22,10 @@ use crate::readiness;
 use crate::reaper::Exit;
 
 pub(crate) use held::{HeldStreams, NotHeld};
-pub(crate) use preserved::{Connection, reserve};
+pub(crate) use preserved::reserve;
 pub(crate) use relay::hang_up;
 
-use preserved::Preserved;
+use preserved::{Connection, Preserved};
 
 /// The capacity of a pipe: fewer and larger steps for those who write a lot.
 const PIPE_SIZE: usize = 256 * 1024;
@@ -61,6 +61,7 @@ pub(crate) struct Streams {
     stderr: Option<Stream>,
     pub(crate) lifeline: Option<Stream>,
     preserved: Vec<Preserved>,
+    connections: Vec<Connection>,
 }
 
 impl Streams {
@@ -78,14 +79,24 @@ impl Streams {
                 }
                 preserved
             },
+            connections: Vec::new(),
         })
     }
 
-    /// Makes what the process finds from descriptor 3 on, and the agent's ends of it.
-    pub(crate) fn connect_preserved(&mut self, owner: Owner) -> io::Result<(Vec<Connection>, Vec<OwnedFd>)> {
-        let made = self.preserved.drain(..).map(|preserved| preserved.connect(owner));
-        let (connections, ends): (Vec<_>, _) = made.collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
-        Ok((connections.into_iter().flatten().collect(), ends))
+    /// Makes what the process finds from descriptor 3 on.
+    pub(crate) fn connect_preserved(&mut self, owner: Owner) -> io::Result<Vec<OwnedFd>> {
+        let mut ends = Vec::new();
+        for preserved in self.preserved.drain(..) {
+            let (connection, end) = preserved.connect(owner)?;
+            self.connections.extend(connection);
+            ends.push(end);
+        }
+        Ok(ends)
+    }
+
+    /// Begins to carry what was made for that, of a process that is there.
+    pub(crate) fn attach_preserved(&mut self, exit: &Exit) -> io::Result<()> {
+        self.connections.drain(..).try_for_each(|connection| connection.attach(exit))
     }
 }
 

@@ -26,7 +26,7 @@ pub(crate) fn reserve() -> io::Result<()> {
 }
 
 /// The streams of one descriptor.
-pub(crate) struct Preserved {
+pub(super) struct Preserved {
     /// What the process reads.
     input: Option<Stream>,
     /// What it writes.
@@ -34,7 +34,7 @@ pub(crate) struct Preserved {
 }
 
 /// The agent's end of one, and its streams.
-pub(crate) struct Connection {
+pub(super) struct Connection {
     end: OwnedFd,
     streams: Preserved,
 }
@@ -46,7 +46,7 @@ impl Preserved {
     }
 
     /// Makes what the process gets, which `owner` owns.
-    pub(crate) fn connect(self, owner: Owner) -> io::Result<(Option<Connection>, OwnedFd)> {
+    pub(super) fn connect(self, owner: Owner) -> io::Result<(Option<Connection>, OwnedFd)> {
         let (end, child) = match (&self.input, &self.output) {
             (None, None) => return Ok((None, null()?)),
             (Some(_), None) => {
@@ -64,7 +64,7 @@ impl Preserved {
 
 impl Connection {
     /// Begins to carry bytes. What the process has written is carried until its end, and no more of those who outlive it.
-    pub(crate) fn attach(self, exit: &Exit) -> io::Result<()> {
+    pub(super) fn attach(self, exit: &Exit) -> io::Result<()> {
         let Preserved { input, output } = self.streams;
         let interest = match (&input, &output) {
             (Some(_), None) => Interest::WRITABLE,
