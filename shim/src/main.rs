@@ -13,6 +13,7 @@ mod options;
 mod server;
 mod service;
 mod stdio;
+mod streams;
 mod task;
 mod wire;
 

@@ -14,10 +14,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 
 use crate::bootstrap::{Address, Flags};
-use crate::connections;
+use crate::connections::Connections;
 use crate::events::{Events, Way};
 use crate::options::{Environment, OptionsError};
 use crate::service;
+use crate::streams::Streams;
 use crate::task::Tasks;
 
 /// The descriptor of the socket that `start` listens on.
@@ -93,11 +94,12 @@ async fn run(
     listener: UnixListener,
 ) -> Result<(), ServerError> {
     let (events, delivery) = Events::begin(&flags.namespace, Way::find(&flags.publish_binary, &flags.address));
-    let tasks = Arc::new(Tasks::new(&flags.namespace, environment, log, events));
+    let connections = Connections::default();
+    let streams = Streams::at(&flags.socket, &connections);
+    let tasks = Arc::new(Tasks::new(&flags.namespace, environment, log, events, streams));
     listener.set_nonblocking(true).map_err(failed("listen"))?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(failed("listen"))?;
-    let (listener, connections) = connections::count(listener);
-    let mut server = Server::new().add_listener(listener).register_service(service::all(&tasks));
+    let mut server = Server::new().add_listener(connections.accept(listener)).register_service(service::all(&tasks));
     server.start().await?;
     log::stage("shim serves");
     tokio::spawn(idle::give_back_when_idle());

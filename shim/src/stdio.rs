@@ -1,4 +1,4 @@
-//! A process's stdio as containerd names it: fifos, files, and programs that log.
+//! A process's stdio as containerd names it: fifos, files, programs that log, and streams of the shim's own.
 //!
 //! A fifo of output is held open for reading, too, so that nobody is waited for: its reader may come late, go, and come
 //! again, and what was written meanwhile is there. One of input is held open for writing until `CloseIO`, so that it does
@@ -17,6 +17,8 @@ use runvm::host::terminal::Size;
 use rustix::fs::OFlags;
 use thiserror::Error;
 use tokio::net::unix::pipe;
+
+use crate::streams::{Claim, OpenInput, StreamError, Streams};
 
 use logger::Program;
 
@@ -41,9 +43,19 @@ pub struct Opened {
     /// The ends that the process is joined to.
     pub descriptors: Descriptors,
     /// What keeps stdin from ending.
-    pub stdin: Option<File>,
+    pub stdin: Option<OpenStdin>,
+    /// Its streams.
+    pub claims: Vec<Claim>,
     /// The program that takes the output.
     pub logger: Option<Logger>,
+}
+
+/// As long as this is there a stdin does not end with the client that leaves.
+pub enum OpenStdin {
+    /// The fifo, for writing.
+    Fifo(#[expect(dead_code, reason = "it is open")] File),
+    /// The stream.
+    Stream(#[expect(dead_code, reason = "it is open")] OpenInput),
 }
 
 /// Why a stdio cannot be used.
@@ -53,11 +65,14 @@ pub enum StdioError {
     #[error("cannot open {path}", path = .0.display())]
     Open(PathBuf, #[source] io::Error),
     /// A scheme that is not known.
-    #[error("the stdio {0} is not supported: give fifos, or a file:// or binary:// address")]
+    #[error("the stdio {0} is not supported: give fifos, a file:// or binary:// address, or streams of this shim's")]
     Scheme(String),
     /// A program that logs.
     #[error(transparent)]
     Logger(#[from] LoggerError),
+    /// A stream.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
 }
 
 impl Stdio {
@@ -65,14 +80,19 @@ impl Stdio {
     ///
     /// # Errors
     /// [`StdioError`].
-    pub async fn open(&self, id: &str, namespace: &str, size: Size) -> Result<Opened, StdioError> {
+    pub async fn open(&self, id: &str, namespace: &str, size: Size, streams: &Streams) -> Result<Opened, StdioError> {
         let mut opened = Opened::default();
         opened.descriptors.size = size;
-        if !self.stdin.is_empty() {
+        if let Some(stream) = streams.named(&self.stdin) {
+            let (source, open, claim) = streams.input(&stream)?;
+            opened.descriptors.stdin = Some(source);
+            opened.stdin = Some(OpenStdin::Stream(open));
+            opened.claims.push(claim);
+        } else if !self.stdin.is_empty() {
             let path = Path::new(&self.stdin);
             let input = pipe::OpenOptions::new().open_receiver(path);
             opened.descriptors.stdin = Some(Box::new(input.map_err(open_error(path))?));
-            opened.stdin = Some(hold_for_writing(path).map_err(open_error(path))?);
+            opened.stdin = Some(OpenStdin::Fifo(hold_for_writing(path).map_err(open_error(path))?));
         }
         let stderr = if self.terminal { "" } else { self.stderr.as_str() };
         match Output::parse(&self.stdout)? {
@@ -88,8 +108,8 @@ impl Stdio {
                 opened.descriptors.stderr = (!self.terminal).then(|| append(&path, true)).transpose()?;
             }
             stdout => {
-                opened.descriptors.stdout = stdout.open()?;
-                opened.descriptors.stderr = Output::parse(stderr)?.open()?;
+                opened.descriptors.stdout = stdout.open(streams, &mut opened.claims)?;
+                opened.descriptors.stderr = Output::parse(stderr)?.open(streams, &mut opened.claims)?;
             }
         }
         Ok(opened)
@@ -105,6 +125,8 @@ enum Output {
     /// A file, that is made where it is not there.
     File(PathBuf),
     Program(Program),
+    /// A stream of a shim's.
+    Stream(String),
 }
 
 impl Output {
@@ -120,12 +142,19 @@ impl Output {
             "fifo" => Ok(Self::Path(decoded())),
             "file" => Ok(Self::File(decoded())),
             "binary" => Ok(Self::Program(Program { path: decoded(), arguments: arguments(query) })),
+            "ttrpc+unix" => Ok(Self::Stream(text.to_owned())),
             _ => Err(StdioError::Scheme(text.to_owned())),
         }
     }
 
-    fn open(&self) -> Result<Option<Sink>, StdioError> {
+    fn open(&self, streams: &Streams, claims: &mut Vec<Claim>) -> Result<Option<Sink>, StdioError> {
         match self {
+            Self::Stream(address) => {
+                let stream = streams.named(address).ok_or_else(|| StdioError::Scheme(address.clone()))?;
+                let (sink, claim) = streams.output(&stream)?;
+                claims.push(claim);
+                Ok(Some(sink))
+            }
             Self::Path(path) if is_fifo(path) => {
                 let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path);
                 Ok(Some(Box::new(fifo.map_err(open_error(path))?)))
@@ -189,7 +218,8 @@ mod tests {
         assert_eq!(parse("file:///var/log/a%20b"), Output::File("/var/log/a b".into()));
         let program = Program { path: "/bin/l".into(), arguments: vec!["k".into(), "v w".into(), "x".into()] };
         assert_eq!(parse("binary:///bin/l?k=v+w&x="), Output::Program(program));
-        assert!(Output::parse("streaming+unix:///x?streaming_id=y").unwrap_err().to_string().contains("not supported"));
+        assert_eq!(parse("ttrpc+unix:///s?streaming_id=x"), Output::Stream("ttrpc+unix:///s?streaming_id=x".into()));
+        assert!(Output::parse("grpc+vsock://1:2?streaming_id=y").unwrap_err().to_string().contains("not supported"));
     }
 
     fn fifo(folder: &Path, name: &str) -> String {
@@ -203,7 +233,7 @@ mod tests {
     async fn a_reader_of_a_fifo_may_come_late_and_again() {
         let folder = tempfile::tempdir().unwrap();
         let stdio = Stdio { stdout: fifo(folder.path(), "out"), ..Stdio::default() };
-        let mut opened = stdio.open("a", "n", Size::default()).await.unwrap();
+        let mut opened = stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap();
         let out = opened.descriptors.stdout.as_mut().unwrap();
         out.write_all(b"early").await.unwrap();
         let read = |expected: &'static [u8]| {
@@ -221,7 +251,7 @@ mod tests {
     async fn input_ends_when_it_is_closed_and_not_when_a_client_leaves() {
         let folder = tempfile::tempdir().unwrap();
         let stdio = Stdio { stdin: fifo(folder.path(), "in"), ..Stdio::default() };
-        let mut opened = stdio.open("a", "n", Size::default()).await.unwrap();
+        let mut opened = stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap();
         let mut input = opened.descriptors.stdin.take().unwrap();
         let mut bytes = [0; 4];
         for text in [b"once", b"more"] {
@@ -238,7 +268,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/log");
         let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
-        let descriptors = stdio.open("a", "n", Size::default()).await.unwrap().descriptors;
+        let descriptors = stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap().descriptors;
         for mut sink in [descriptors.stdout.unwrap(), descriptors.stderr.unwrap()] {
             sink.write_all(b"x\n").await.unwrap();
             sink.flush().await.unwrap();

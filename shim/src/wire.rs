@@ -12,6 +12,18 @@ pub mod options {
     include!(concat!(env!("OUT_DIR"), "/options.rs"));
 }
 
+/// How a stream of containerd's streaming service begins.
+#[allow(warnings, reason = "generated")]
+pub mod streaming {
+    include!(concat!(env!("OUT_DIR"), "/streaming.rs"));
+}
+
+/// What such a stream carries.
+#[allow(warnings, reason = "generated")]
+pub mod transfer {
+    include!(concat!(env!("OUT_DIR"), "/transfer.rs"));
+}
+
 /// A message with the name that containerd knows it by, which is its full one and nothing before it.
 ///
 /// # Errors
@@ -19,6 +31,12 @@ pub mod options {
 pub fn any<M: MessageFull>(message: &M) -> protobuf::Result<Any> {
     let type_url = M::descriptor().full_name().to_owned();
     Ok(Any { type_url, value: message.write_to_bytes()?, ..Default::default() })
+}
+
+/// What is wrapped in there; none where it is another message, or none at all.
+pub fn unwrap<M: MessageFull>(wrapped: &Any) -> Option<M> {
+    let name = wrapped.type_url.rsplit('/').next()?;
+    (name == M::descriptor().full_name()).then(|| M::parse_from_bytes(&wrapped.value).ok()).flatten()
 }
 
 /// A moment as containerd has it.

@@ -198,7 +198,9 @@ default_runtime_name = "runc"
     let two = folder.join(network::TWO);
     let in_two_networks = format!("cni_conf_dir = {two:?}\ncni_max_conf_num = 2\n");
     let judge = format!("BinaryName = {:?}\n", judge.program());
-    let sandboxer = if release == Release::SidBySandbox { "sandboxer = \"shim\"\n" } else { "" };
+    // Stdio by the shim's own streams goes with the Sandbox API: its address is the sandbox's.
+    let by_sandbox = "sandboxer = \"shim\"\nio_type = \"streaming\"\n";
+    let sandboxer = if release == Release::SidBySandbox { by_sandbox } else { "" };
     let handlers = [
         handler("runc", "io.containerd.runc.v2", "", &judge),
         handler("runc-in-two-networks", "io.containerd.runc.v2", &in_two_networks, &judge),

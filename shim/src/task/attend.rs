@@ -16,8 +16,12 @@ use super::process::{End, Output, Phase, Process};
 use crate::stdio::Logger;
 use crate::wire;
 
-/// How long the end of a container waits for its execs to take their leave. They end with it.
+/// How long the end of a container waits for its execs to take their leave, which end with it, and that of a process for
+/// those who take its output.
 const PARTING: Duration = Duration::from_secs(2);
+
+/// How long the end of a process waits for its output to be closed.
+const LINGER: Duration = Duration::from_millis(100);
 
 impl Tasks {
     /// Stands for a process from its creation to the end of its output.
@@ -31,6 +35,9 @@ impl Tasks {
         let (tasks, container, attended) = (self.clone(), container.clone(), process.clone());
         let carrier = tokio::spawn(async move {
             let exit = end_of(&container, &attended).await;
+            if attended.has_streams() {
+                see_off(&attended, &relay, exit.output).await;
+            }
             tasks.tell_end(&container, &attended, exit).await;
             relay.drained(exit.output).await;
             attended.output().send_replace(Output::Drained);
@@ -109,6 +116,18 @@ impl Tasks {
         if let Some(held) = pod {
             held.pod.end().await;
         }
+    }
+}
+
+/// Has containerd get what a process wrote into streams, and their end: it takes no more from them once it hears of the
+/// process's. A fifo keeps it.
+async fn see_off(process: &Process, relay: &RunningRelay, written: Written) {
+    if tokio::time::timeout(PARTING, relay.drained(written)).await.is_err() {
+        return;
+    }
+    // Children of the process that go on writing are not waited for.
+    if tokio::time::timeout(LINGER, relay.closed()).await.is_ok() {
+        let _ = tokio::time::timeout(PARTING, process.streams_part()).await;
     }
 }
 

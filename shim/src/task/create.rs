@@ -67,7 +67,7 @@ async fn in_vm(tasks: &Tasks, request: &CreateTaskRequest, path: PathBuf, mounte
         terminal: request.terminal,
     };
     let size = console_size(bundle.spec.process().as_ref());
-    let opened = stdio.open(&request.id, &tasks.namespace, size).await?;
+    let opened = stdio.open(&request.id, &tasks.namespace, size, &tasks.streams).await?;
     let (pod, relay) = match &*place {
         Some(held) => {
             let pod = held.pod.clone();
@@ -85,7 +85,7 @@ async fn in_vm(tasks: &Tasks, request: &CreateTaskRequest, path: PathBuf, mounte
     };
     note_pid(&path, pod.pid());
     let init = Process::new("", stdio, None);
-    init.hold_stdin(opened.stdin);
+    init.hold(opened.stdin, opened.claims);
     let container = Container::new(&request.id, path, pod, Arc::new(init), mounted);
     Ok(Made { container, relay, logger: opened.logger })
 }

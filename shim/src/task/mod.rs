@@ -32,6 +32,7 @@ use crate::errors::{Error, Result};
 use crate::events::Events;
 use crate::options::Environment;
 use crate::stdio::Stdio;
+use crate::streams::Streams;
 use crate::{mounts, wire};
 
 pub use container::Container;
@@ -59,6 +60,7 @@ pub struct Tasks {
     environment: Environment,
     log: log::Options,
     events: Events,
+    streams: Streams,
     pod: Turn<Option<Held>>,
     sandbox: Mutex<Option<sandbox::Record>>,
     containers: Mutex<BTreeMap<String, Arc<Container>>>,
@@ -67,17 +69,23 @@ pub struct Tasks {
 
 impl Tasks {
     /// None yet, in containerd's `namespace`.
-    pub fn new(namespace: &str, environment: Environment, log: log::Options, events: Events) -> Self {
+    pub fn new(namespace: &str, environment: Environment, log: log::Options, events: Events, streams: Streams) -> Self {
         Self {
             namespace: namespace.to_owned(),
             environment,
             log,
             events,
+            streams,
             pod: Turn::default(),
             sandbox: Mutex::default(),
             containers: Mutex::default(),
             over: Notify::new(),
         }
+    }
+
+    /// Where containerd finds the streams of processes that have no fifos.
+    pub fn streams(&self) -> &Streams {
+        &self.streams
     }
 
     /// Waits until the shim is asked to end, having nothing to do any more.
@@ -178,8 +186,9 @@ impl Tasks {
 
     async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) -> Result<()> {
         let Some(spec) = &process.spec else { return Err(Error::NoProcess(process.exec_id.clone())) };
-        let opened = process.stdio.open(&container.id, &self.namespace, create::console_size(Some(spec))).await?;
-        process.hold_stdin(opened.stdin);
+        let size = create::console_size(Some(spec));
+        let opened = process.stdio.open(&container.id, &self.namespace, size, &self.streams).await?;
+        process.hold(opened.stdin, opened.claims);
         let place = container.place(&process.exec_id);
         match start_process(&place, spec, "", opened.descriptors, false).await {
             Ok(relay) => {

@@ -1,6 +1,5 @@
 //! One process of a container as containerd sees it: created, running, stopped.
 
-use std::fs::File;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -11,7 +10,8 @@ use tokio::sync::{Mutex as Turn, MutexGuard, Notify, watch};
 use tokio::task::AbortHandle;
 
 use crate::errors::{Error, Result};
-use crate::stdio::Stdio;
+use crate::stdio::{OpenStdin, Stdio};
+use crate::streams::Claim;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +77,8 @@ pub struct Process {
     /// Whoever has it tells of the process, so that its end is told after its start.
     turn: Turn<()>,
     killed: Notify,
-    stdin: Mutex<Option<File>>,
+    stdin: Mutex<Option<OpenStdin>>,
+    streams: Mutex<Vec<Claim>>,
     carrier: Mutex<Option<AbortHandle>>,
 }
 
@@ -93,6 +94,7 @@ impl Process {
             turn: Turn::default(),
             killed: Notify::new(),
             stdin: Mutex::default(),
+            streams: Mutex::default(),
             carrier: Mutex::default(),
         }
     }
@@ -160,14 +162,28 @@ impl Process {
         tokio::time::sleep(KILL_LIMIT).await;
     }
 
-    /// Keeps its stdin open.
-    pub fn hold_stdin(&self, stdin: Option<File>) {
+    /// Keeps its stdin open, and its streams in their places.
+    pub fn hold(&self, stdin: Option<OpenStdin>, streams: Vec<Claim>) {
         *lock(&self.stdin) = stdin;
+        *lock(&self.streams) = streams;
     }
 
     /// Lets its stdin end when its last writer leaves.
     pub fn close_stdin(&self) {
-        self.hold_stdin(None);
+        lock(&self.stdin).take();
+    }
+
+    /// Whether it has streams.
+    pub fn has_streams(&self) -> bool {
+        !lock(&self.streams).is_empty()
+    }
+
+    /// Returns when nobody takes output from its streams.
+    pub async fn streams_part(&self) {
+        let parted: Vec<_> = lock(&self.streams).iter().map(Claim::parted).collect();
+        for parted in parted {
+            parted.await;
+        }
     }
 
     /// Remembers the task that carries its output.
@@ -177,7 +193,7 @@ impl Process {
 
     /// Lets go of its stdio.
     pub fn release(&self) {
-        self.close_stdin();
+        self.hold(None, Vec::new());
         if let Some(carrier) = lock(&self.carrier).take() {
             carrier.abort();
         }
