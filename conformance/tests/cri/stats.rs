@@ -1,10 +1,14 @@
 //! What the kubelet asks for the whole time: usage, and events.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use conformance::census::Process;
 use conformance::command::eventually;
 use conformance::cri::{Container, Cri, v1};
+use conformance::enclosure::cgroup_hierarchies;
 use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, case};
 
@@ -15,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case<Cri>> {
         case!(a_container_tells_of_its_use),
         case!(all_containers_of_a_pod_tell_of_their_use),
         case!(a_pod_tells_of_its_use).only_on(&["containerd-1.7", "containerd-2"]),
+        case!(a_pod_keeps_to_its_overhead),
         case!(what_happens_is_told).only_on(&["containerd-1.7", "containerd-2"]),
     ]
 }
@@ -87,6 +92,43 @@ fn a_pod_tells_of_its_use(c: &Cri) -> Result<Outcome> {
     let processes = stats.process.and_then(|process| process.process_count).unwrap_or_default().value;
     ensure!(processes > 0, "a pod of no processes");
     Ok(Outcome::new().see("interface", network.name))
+}
+
+/// What the RuntimeClass in packaging/kubernetes adds to the containers' limits.
+const OVERHEAD: u64 = 160 << 20;
+
+/// A container that holds memory and fills the page cache, up to its limit, takes no more of the host than Kubernetes
+/// reckons with.
+fn a_pod_keeps_to_its_overhead(c: &Cri) -> Result<Outcome> {
+    const LIMIT: u64 = 128 << 20;
+    let limits = v1::LinuxContainerResources { memory_limit_in_bytes: LIMIT as i64, ..Default::default() };
+    let pod = c.pod_with(|config| config.linux.get_or_insert_default().resources = Some(limits))?;
+    let script = "x=$(head -c 30m /dev/zero | tr '\\0' x); head -c 400m /dev/zero > /file; \
+                  cat /file /bin/* > /dev/null; rm /file; echo full; sleep 1000; :";
+    let container = pod.start_with("main", &["sh", "-c", script], |config| {
+        crate::resources(config).memory_limit_in_bytes = LIMIT as i64;
+    })?;
+    container.expect_log("full")?;
+    let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
+    let members = members_of(parent)?;
+    let all = Process::all()?;
+    let taken = all.iter().filter(|process| members.contains(&process.pid)).filter_map(Process::pss).sum::<u64>();
+    ensure!((30 << 20..LIMIT + OVERHEAD).contains(&taken), "the pod takes {} MiB", taken >> 20);
+    let said: Vec<_> = container.lines()?.into_iter().map(|line| line.content).collect();
+    Ok(Outcome::new().see("said", said.concat()))
+}
+
+/// The processes of a cgroup and those below it.
+fn members_of(cgroup: &str) -> Result<BTreeSet<i32>> {
+    let mut members = BTreeSet::new();
+    let mut groups: Vec<_> =
+        cgroup_hierarchies()?.iter().map(|root| root.join(cgroup.trim_start_matches('/'))).collect();
+    while let Some(group) = groups.pop() {
+        let Ok(listed) = fs::read_to_string(group.join("cgroup.procs")) else { continue };
+        members.extend(listed.lines().filter_map(|pid| pid.parse::<i32>().ok()));
+        groups.extend(fs::read_dir(group)?.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()));
+    }
+    Ok(members)
 }
 
 fn what_happens_is_told(c: &Cri) -> Result<Outcome> {
