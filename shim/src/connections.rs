@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use futures::stream::unfold;
@@ -12,6 +12,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use ttrpc::asynchronous::transport::Listener;
+
+use crate::sync::lock;
 
 /// How much of what a connection began with is remembered, in bytes.
 const BEGINNING: usize = 1024;
@@ -42,7 +44,7 @@ impl Opened {
     fn read(&mut self, bytes: &[u8]) {
         let wanted = BEGINNING - self.beginning.len();
         self.beginning.extend(bytes.iter().take(wanted));
-        self.ending.extend_from_slice(bytes);
+        self.ending.extend_from_slice(&bytes[bytes.len().saturating_sub(HEADER)..]);
         self.ending.drain(..self.ending.len().saturating_sub(HEADER));
         let left = matches!(self.ending[..], [0, 0, 0, 0, _, _, _, _, kind, flags] if [kind, flags] == CLOSING);
         self.left.send_if_modified(|before| std::mem::replace(before, left) != left);
@@ -71,16 +73,11 @@ impl Connections {
             began_so && !*opened.left.borrow()
         };
         loop {
-            let staying = self.lock().open.values().find(stays).map(|opened| opened.left.subscribe());
+            let staying = lock(&self.0).open.values().find(stays).map(|opened| opened.left.subscribe());
             let Some(mut staying) = staying else { return };
             // An error is the end of the connection.
             let _ = staying.wait_for(|&left| left).await;
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Register> {
-        // What is guarded is whole after each statement.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,7 +89,7 @@ struct Connection {
 
 impl Connection {
     fn new(stream: UnixStream, connections: &Connections) -> Self {
-        let mut register = connections.lock();
+        let mut register = lock(&connections.0);
         register.accepted += 1;
         let number = register.accepted;
         register.open.insert(number, Opened::default());
@@ -102,7 +99,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.connections.lock().open.remove(&self.number);
+        lock(&self.connections.0).open.remove(&self.number);
     }
 }
 
@@ -114,7 +111,7 @@ impl AsyncRead for Connection {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if let Some(opened) = self.connections.lock().open.get_mut(&self.number) {
+        if let Some(opened) = lock(&self.connections.0).open.get_mut(&self.number) {
             opened.read(&buffer.filled()[before..]);
         }
         polled
@@ -155,7 +152,7 @@ mod tests {
             (UnixStream::connect(&path).await.unwrap(), UnixStream::connect(&path).await.unwrap());
         // The header of a message that is not whole yet, and a piece of it.
         one.write_all(&[&[0, 0, 2, 0, 0, 0, 0, 1, 1, 0], &b"a name"[..]].concat()).await.unwrap();
-        while !connections.lock().open.values().any(|opened| opened.beginning.ends_with(b"name")) {
+        while !lock(&connections.0).open.values().any(|opened| opened.beginning.ends_with(b"name")) {
             tokio::task::yield_now().await;
         }
         let passes = async |message: &[u8]| {

@@ -14,6 +14,7 @@ mod server;
 mod service;
 mod stdio;
 mod streams;
+mod sync;
 mod task;
 mod wire;
 

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
 use percent_encoding::percent_decode_str;
@@ -24,6 +24,7 @@ use ttrpc::Code;
 use ttrpc::asynchronous::{SSReceiver, SSSender, ServerStream};
 
 use crate::connections::Connections;
+use crate::sync::lock;
 use crate::wire;
 use crate::wire::streaming::StreamInit;
 use crate::wire::transfer::{Data, WindowUpdate};
@@ -165,7 +166,7 @@ impl Streams {
     }
 
     fn place(&self, id: &str) -> Result<Arc<Place>, StreamError> {
-        let mut places = self.lock();
+        let mut places = lock(&self.places);
         if let Some(place) = places.get(id) {
             return Ok(place.clone());
         }
@@ -179,17 +180,12 @@ impl Streams {
 
     /// Removes a place where nobody is when this client has left.
     fn forget(&self, id: &str, client: u64) {
-        let mut places = self.lock();
+        let mut places = lock(&self.places);
         let deserted =
             |place: &Arc<Place>| matches!(*place.pipe.borrow(), Pipe::Awaited) && *place.clients.borrow() == client;
         if places.get(id).is_some_and(deserted) {
             places.remove(id);
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Place>>> {
-        // What is guarded is whole after each statement.
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -213,7 +209,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.streams.lock().remove(&self.id);
+        lock(&self.streams.places).remove(&self.id);
         self.place.pipe.send_replace(Pipe::Closed);
         self.place.next_client();
     }
@@ -482,7 +478,7 @@ mod tests {
         timeout(LIMIT, claim.parted()).await.unwrap();
         assert!(matches!(served.streams.output("a-stdout"), Err(StreamError::Taken(_))));
         drop(claim);
-        assert!(served.streams.lock().is_empty());
+        assert!(lock(&served.streams.places).is_empty());
     }
 
     #[tokio::test]
@@ -564,10 +560,10 @@ mod tests {
     async fn places_where_nobody_is_are_not_kept() {
         let served = Served::begin().await;
         let client = served.connect("nobody").await;
-        assert_eq!(served.streams.lock().len(), 1);
+        assert_eq!(lock(&served.streams.places).len(), 1);
         client.sender.close_send().await.unwrap();
         timeout(LIMIT, async {
-            while !served.streams.lock().is_empty() {
+            while !lock(&served.streams.places).is_empty() {
                 tokio::task::yield_now().await;
             }
         })

@@ -137,8 +137,7 @@ impl Cri {
     /// A pod's cgroup is the kubelet's to remove, not the runtime's; it has to be empty by then.
     fn remove_cgroups(&self) -> Result<()> {
         for cgroup in self.cgroups.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            for hierarchy in cgroup_hierarchies()? {
-                let group = hierarchy.join(cgroup.trim_start_matches('/'));
+            for group in in_hierarchies(cgroup)? {
                 match std::fs::remove_dir(&group) {
                     Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                         return Err(e).with_context(|| format!("a removed pod left its cgroup {}", group.display()));
@@ -161,6 +160,10 @@ impl Handle for Cri {
     }
 }
 
+fn in_hierarchies(cgroup: &str) -> Result<Vec<PathBuf>> {
+    Ok(cgroup_hierarchies()?.into_iter().map(|hierarchy| hierarchy.join(cgroup.trim_start_matches('/'))).collect())
+}
+
 /// A pod of a case.
 pub struct Pod<'a> {
     cri: &'a Cri,
@@ -179,6 +182,11 @@ impl<'a> Pod<'a> {
     /// Removes it with all its containers.
     pub fn remove(&self) -> Result<()> {
         self.cri.remove_pod(&self.id)
+    }
+
+    /// The folder of its cgroup in each hierarchy, which need not be there.
+    pub fn cgroups(&self) -> Result<Vec<PathBuf>> {
+        in_hierarchies(&self.config.linux.as_ref().context("a pod has a cgroup")?.cgroup_parent)
     }
 
     /// What the engine says of it.

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use conformance::census::Process;
 use conformance::command::eventually;
 use conformance::cri::{Container, Cri, v1};
-use conformance::enclosure::cgroup_hierarchies;
 use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, case};
 
@@ -109,8 +109,7 @@ fn a_pod_keeps_to_its_overhead(c: &Cri) -> Result<Outcome> {
         crate::resources(config).memory_limit_in_bytes = LIMIT as i64;
     })?;
     container.expect_log("full")?;
-    let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
-    let members = members_of(parent)?;
+    let members = members_of(pod.cgroups()?)?;
     let all = Process::all()?;
     let taken = all.iter().filter(|process| members.contains(&process.pid)).filter_map(Process::pss).sum::<u64>();
     ensure!((30 << 20..LIMIT + OVERHEAD).contains(&taken), "the pod takes {} MiB", taken >> 20);
@@ -118,11 +117,9 @@ fn a_pod_keeps_to_its_overhead(c: &Cri) -> Result<Outcome> {
     Ok(Outcome::new().see("said", said.concat()))
 }
 
-/// The processes of a cgroup and those below it.
-fn members_of(cgroup: &str) -> Result<BTreeSet<i32>> {
+/// The processes of cgroups and those below them.
+fn members_of(mut groups: Vec<PathBuf>) -> Result<BTreeSet<i32>> {
     let mut members = BTreeSet::new();
-    let mut groups: Vec<_> =
-        cgroup_hierarchies()?.iter().map(|root| root.join(cgroup.trim_start_matches('/'))).collect();
     while let Some(group) = groups.pop() {
         let Ok(listed) = fs::read_to_string(group.join("cgroup.procs")) else { continue };
         members.extend(listed.lines().filter_map(|pid| pid.parse::<i32>().ok()));

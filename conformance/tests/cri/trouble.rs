@@ -8,7 +8,7 @@ use conformance::census::{Census, Process};
 use conformance::command::eventually;
 use conformance::cri::v1::ContainerState;
 use conformance::cri::{Container, Cri, Pod, Release, pod_security, security};
-use conformance::enclosure::{cgroup_hierarchies, remove_cgroup};
+use conformance::enclosure::remove_cgroup;
 use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, case};
 use rustix::process::{Pid, Signal, kill_process};
@@ -121,9 +121,7 @@ fn nothing_is_left(c: &Cri, pod: &Pod<'_>, containers: &[Container<'_>], process
 
 /// Ends what is in a pod's cgroup, and removes it.
 fn clear_cgroup(pod: &Pod<'_>) -> Result<()> {
-    let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.as_str()).unwrap_or_default();
-    for hierarchy in cgroup_hierarchies()? {
-        let group = hierarchy.join(parent.trim_start_matches('/'));
+    for group in pod.cgroups()? {
         eventually(Duration::from_secs(10), "the pod's cgroups to be empty", || {
             for inner in std::fs::read_dir(&group).into_iter().flatten().flatten() {
                 let members = std::fs::read_to_string(inner.path().join("cgroup.procs")).unwrap_or_default();

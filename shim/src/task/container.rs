@@ -11,8 +11,9 @@ use futures::future::join_all;
 use runvm::monitor;
 use runvm::pod::Pod;
 
-use super::process::{Output, Phase, Process, lock};
+use super::process::{Output, Phase, Process};
 use crate::errors::{Error, Result};
+use crate::sync::lock;
 
 /// A container.
 pub struct Container {

@@ -33,6 +33,7 @@ use crate::events::Events;
 use crate::options::Environment;
 use crate::stdio::Stdio;
 use crate::streams::Streams;
+use crate::sync::lock;
 use crate::{mounts, wire};
 
 pub use container::Container;
@@ -40,7 +41,7 @@ pub use pod_files::SHARED_MEMORY;
 pub use process::{End, Phase};
 pub use sandbox::CGROUP_PARENT;
 
-use process::{Output, Process, lock};
+use process::{Output, Process};
 
 /// How long the deletion of a process waits for those who read its output.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(2);

@@ -1,6 +1,6 @@
 //! One process of a container as containerd sees it: created, running, stopped.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::Status;
@@ -12,6 +12,7 @@ use tokio::task::AbortHandle;
 use crate::errors::{Error, Result};
 use crate::stdio::{OpenStdin, Stdio};
 use crate::streams::Claim;
+use crate::sync::lock;
 
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,11 +208,6 @@ impl Process {
         let phase = self.phase();
         if allowed(phase) { Ok(()) } else { Err(Error::State { action, state: phase.name() }) }
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    // What is guarded is whole after each statement.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -17,9 +17,10 @@ use runvm::pod::{Empty, Pod};
 use runvm::sandbox::Size;
 
 use super::pod_files::PodFiles;
-use super::process::{End, lock};
+use super::process::End;
 use super::{Held, Tasks, metrics};
 use crate::errors::{Error, Result};
+use crate::sync::lock;
 use crate::wire;
 use crate::wire::options::{LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 
