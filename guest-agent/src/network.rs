@@ -96,7 +96,10 @@ impl Network {
 
     /// Gives every device its name, also where two swap theirs.
     async fn name_all(&self, interfaces: &[Interface]) -> Result<(), NetworkError> {
-        let links = self.links().await?;
+        let mut links = self.links().await?;
+        if announce(interfaces, &links)? {
+            links = self.links().await?;
+        }
         let mut renamed = Vec::new();
         for interface in interfaces {
             check_name(&interface.name)?;
@@ -217,6 +220,21 @@ impl From<LinkMessage> for Link {
 }
 
 /// Whether the interface has IPv6; and if so, that its addresses serve at once.
+/// Tells the kernel of the devices that it does not know yet; whether there are any. Their driver has them when this returns.
+fn announce(interfaces: &[Interface], links: &[Link]) -> Result<bool, NetworkError> {
+    const PARAMETER: &str = "/sys/module/virtio_mmio/parameters/device";
+    let unknown = |interface: &&Interface| {
+        !interface.whereabouts.is_empty() && !links.iter().any(|link| link.mac == interface.device_mac)
+    };
+    let mut announced = false;
+    for interface in interfaces.iter().filter(unknown) {
+        fs::write(PARAMETER, &interface.whereabouts)
+            .map_err(|source| NetworkError::Parameter { parameter: PARAMETER.to_owned(), source })?;
+        announced = true;
+    }
+    Ok(announced)
+}
+
 fn set_ipv6(name: &str, enabled: bool) -> Result<(), NetworkError> {
     for (parameter, value) in [("disable_ipv6", if enabled { "0" } else { "1" }), ("accept_dad", "0")] {
         let parameter = format!("net/ipv6/conf/{name}/{parameter}");

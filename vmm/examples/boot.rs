@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         memory,
         huge_pages: env::var_os("SMALL").is_none(),
         devices: Vec::new(),
+        unannounced: 0,
         console,
         confinement: Arc::new(|_| Ok(())),
     };

@@ -11,6 +11,7 @@ mod report;
 mod surroundings;
 mod templates;
 mod user_namespaces;
+mod veth;
 
 use std::process::ExitCode;
 

@@ -9,15 +9,18 @@ use anyhow::{Context as _, Result, ensure};
 use conformance::bundle::Hand;
 use conformance::census::Process;
 use conformance::command::eventually;
-use conformance::suite::{expect_equal, next_number};
-use conformance::{Case, Cmd, Outcome, case};
+use conformance::suite::expect_equal;
+use conformance::{Case, Outcome, case};
 use serde_json::{Value, json};
+
+use crate::veth::Veth;
 
 pub(crate) fn cases() -> Vec<Case<Hand>> {
     vec![
         case!(hooks_run_in_their_order),
         case!(a_failing_hook_ends_it),
         case!(a_network_namespace_with_a_veth).tcg(),
+        case!(a_veth_that_comes_after_create),
         case!(mounts_of_all_kinds),
         case!(masked_and_read_only_paths),
         case!(annotations_are_kept),
@@ -65,40 +68,43 @@ fn a_failing_hook_ends_it(h: &Hand) -> Result<Outcome> {
     Ok(Outcome::new().see("exit", output.code))
 }
 
-fn a_network_namespace_with_a_veth(h: &Hand) -> Result<Outcome> {
-    let number = next_number();
-    let (name, host, inner) = (format!("rvmn{number}"), format!("rvmh{number}"), format!("rvmi{number}"));
-    let ip = |line: String| Cmd::new("ip").args(line.split(' ')).ok();
-    ip(format!("netns add {name}"))?;
-    ip(format!("link add {host} type veth peer name {inner} address 02:00:00:00:00:07 mtu 1400 netns {name}"))?;
-    ip(format!("address add 10.77.{}.1/24 dev {host}", number % 256))?;
-    ip(format!("link set {host} up"))?;
-    ip(format!("-n {name} link set {inner} name eth0"))?;
-    ip(format!("-n {name} address add 10.77.{}.2/24 dev eth0", number % 256))?;
-    ip(format!("-n {name} link set eth0 up"))?;
-    ip(format!("-n {name} route add default via 10.77.{}.1", number % 256))?;
+/// Tells of eth0, of the default route, and of who is there.
+const LOOK_AROUND: &str = "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip route | grep -c default;
+    ping -c 1 -W 10 $(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p') | grep -o '1 packets received'";
 
-    let script = format!(
-        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; ip route | grep -c default;
-         ping -c 1 -W 10 10.77.{}.1 | grep -o '1 packets received'",
-        number % 256
-    );
-    let bundle = h.bundle_with(&["sh", "-c", &script], |config| {
-        for set in ["bounding", "effective", "permitted"] {
-            config["process"]["capabilities"][set] = json!(["CAP_NET_RAW"]);
-        }
-        let path = json!(format!("/run/netns/{name}"));
-        for namespace in config["linux"]["namespaces"].as_array_mut().into_iter().flatten() {
-            if namespace["type"] == "network" {
-                namespace["path"].clone_from(&path);
-            }
-        }
+fn a_network_namespace_with_a_veth(h: &Hand) -> Result<Outcome> {
+    let veth = Veth::make()?;
+    let bundle = h.bundle_with(&["sh", "-c", LOOK_AROUND], |config| {
+        may_ping(config);
+        veth.give_to(config);
     })?;
     let output = bundle.run().run()?;
-    let links = Cmd::new("ip").args(["-n", &name, "-o", "link"]).ok()?;
-    ip(format!("netns delete {name}"))?;
-    expect_equal("what was seen", output.text(), "02:00:00:00:00:07\n1400\n1\n1 packets received")?;
-    Ok(Outcome::new().see_output("run", &output).see("links left in the namespace", links.stdout.lines().count()))
+    let links = veth.links()?;
+    veth.remove()?;
+    expect_equal("what was seen", (output.text(), output.stderr.as_str()), (expected_around(&veth).as_str(), ""))?;
+    Ok(Outcome::new().see("exit", output.code).see("links left in the namespace", links))
+}
+
+fn a_veth_that_comes_after_create(h: &Hand) -> Result<Outcome> {
+    let bundle = h.bundle_with(&["sh", "-c", LOOK_AROUND], may_ping)?;
+    bundle.create()?;
+    let veth = Veth::make_for(bundle.state()?["pid"].as_u64().context("no pid")?)?;
+    bundle.call("start").ok()?;
+    bundle.expect_stopped()?;
+    veth.remove()?;
+    let seen = bundle.written("out")?;
+    expect_equal("what was seen", seen.trim(), expected_around(&veth).as_str())?;
+    Ok(Outcome::new().see("seen lines", seen.lines().count()))
+}
+
+fn expected_around(veth: &Veth) -> String {
+    format!("{}\n1400\n1\n1 packets received", veth.mac())
+}
+
+fn may_ping(config: &mut Value) {
+    for set in ["bounding", "effective", "permitted"] {
+        config["process"]["capabilities"][set] = json!(["CAP_NET_RAW"]);
+    }
 }
 
 fn mounts_of_all_kinds(h: &Hand) -> Result<Outcome> {
@@ -244,7 +250,7 @@ fn nothing_of_the_host_is_in_reach(pid: i32, id: &str) -> Result<()> {
         let ours = Path::new("/rootfs").join(id);
         let known = !target.is_absolute()
             || target.starts_with(ours)
-            || ["/", "/rootfs", "/dev/null"].iter().any(|known| target == Path::new(known));
+            || ["/", "/rootfs", "/dev/null", "/dev/net/tun"].iter().any(|known| target == Path::new(known));
         ensure!(known, "{} is open", target.display());
     }
     Ok(())

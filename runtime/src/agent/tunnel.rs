@@ -2,16 +2,15 @@
 //!
 //! Each connection to the socket is one stream of the channel, byte for byte.
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::Semaphore;
 
+use crate::host::folder_socket::FolderSocket;
 use crate::vmm::{ByteStream, Channel};
 
 const NAME: &str = "agent.sock";
@@ -20,14 +19,12 @@ const OWN_STREAMS: usize = 8;
 
 /// The socket in a container's folder.
 #[derive(Debug)]
-pub struct MonitorSocket {
-    folder: PathBuf,
-}
+pub struct MonitorSocket(FolderSocket);
 
 impl MonitorSocket {
     /// The socket of the container with this folder.
     pub fn of(folder: &Path) -> Self {
-        Self { folder: folder.to_owned() }
+        Self(FolderSocket::new(folder, NAME))
     }
 
     /// Listens.
@@ -35,23 +32,14 @@ impl MonitorSocket {
     /// # Errors
     /// Those of bind(2).
     pub fn listen(&self) -> io::Result<UnixListener> {
-        let (_folder, path) = self.short_path()?;
-        UnixListener::bind(path)
-    }
-
-    /// A socket's address has at most 107 bytes, an engine's state root and a container's ID may have more.
-    fn short_path(&self) -> io::Result<(File, PathBuf)> {
-        let folder = File::open(&self.folder)?;
-        let path = format!("/proc/self/fd/{}/{NAME}", folder.as_raw_fd()).into();
-        Ok((folder, path))
+        self.0.listen()
     }
 }
 
 #[async_trait]
 impl Channel for MonitorSocket {
     async fn open(&self) -> io::Result<ByteStream> {
-        let (_folder, path) = self.short_path()?;
-        Ok(Box::new(UnixStream::connect(path).await?))
+        Ok(Box::new(self.0.connect().await?))
     }
 }
 
@@ -125,11 +113,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn connections_become_streams_under_the_longest_paths() {
+    async fn connections_become_streams() {
         let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("x".repeat(200));
-        std::fs::create_dir(&folder).unwrap();
-        let socket = MonitorSocket::of(&folder);
+        let socket = MonitorSocket::of(dir.path());
         let tunnel = Tunnel::serve(socket.listen().unwrap(), Arc::new(Echo), 2 + OWN_STREAMS);
         let mut stream = socket.open().await.unwrap();
         stream.write_all(b"hello").await.unwrap();

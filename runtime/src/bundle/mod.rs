@@ -155,21 +155,6 @@ impl Bundle {
     pub fn terminal(&self) -> bool {
         self.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal).unwrap_or(false)
     }
-
-    /// Whether the container asks Docker's resolver, which listens inside the network namespace.
-    pub fn uses_engine_resolver(&self) -> bool {
-        let mounts = self.spec.mounts().as_deref().unwrap_or_default();
-        let source = mounts
-            .iter()
-            .find(|mount| mount.destination() == Path::new("/etc/resolv.conf"))
-            .and_then(|mount| mount.source().as_ref());
-        let resolver = runvm_protocol::dns::RESOLVER.to_string();
-        source.is_some_and(|source| {
-            read_bounded(&self.path.join(source), 64 << 10).is_ok_and(|text| {
-                text.lines().any(|line| line.split_whitespace().eq(["nameserver", resolver.as_str()]))
-            })
-        })
-    }
 }
 
 /// Reads a file of at most `limit` bytes as text.

@@ -79,7 +79,7 @@ fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
         let mut nics = Vec::new();
         for index in 0..usize::from(args.interfaces) {
             let tap = network::loose_tap().map_err(SandboxError::from)?;
-            nics.push(Nic { tap, mac: network::device_mac(index) });
+            nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
         let size = Size::for_limits(args.vcpus, args.memory.map(|limit| limit * MIB));
         let machine = Machine {
@@ -88,6 +88,7 @@ fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
             memory: size.memory,
             exports: Vec::new(),
             nics,
+            spare_nics: Vec::new(),
             console: None,
             log: globals.log.clone(),
             cgroup: None,

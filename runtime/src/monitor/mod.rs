@@ -6,6 +6,7 @@
 mod attend;
 mod handshake;
 mod launch;
+pub mod network;
 
 use std::future::Future;
 use std::io;
@@ -33,6 +34,15 @@ pub use launch::{Globals, Launched};
 /// only who reads their output.
 const PARTING: std::time::Duration = std::time::Duration::from_secs(2);
 
+/// When a container's program is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// With its creation.
+    AtOnce,
+    /// By a verb of its own, before which the engine may add to its network.
+    Later,
+}
+
 /// What a monitor is told by its command line.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -50,6 +60,8 @@ pub struct Options {
     pub log: log::Options,
     /// Where the guest's console is written.
     pub guest_console: Option<PathBuf>,
+    /// When the container's program is to be started.
+    pub start: Start,
     /// How many descriptors the container's process is handed beside its stdio.
     pub preserve_fds: u32,
 }
@@ -149,7 +161,7 @@ async fn run(
         exports: guest.exports.clone(),
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),
         user_namespace: bundle.user_namespace(),
-        engine_resolver: bundle.uses_engine_resolver(),
+        late_network: options.start == Start::Later,
         log: options.log.clone(),
         console: options.guest_console.clone(),
         cgroup: None,
@@ -167,6 +179,9 @@ async fn run(
     };
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
     let tunnel = Tunnel::serve(listener, sandbox.channel(), sandbox.streams());
+    if options.start == Start::Later {
+        network::serve(&options.folder, sandbox.late_network.clone()).map_err(Error::system("listen for `start`"))?;
+    }
     release_stdio().map_err(Error::system("release the stdio"))?;
     standing.wait().map_err(Error::system("stand before the container's root"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;

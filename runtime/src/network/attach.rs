@@ -31,7 +31,16 @@ pub struct Tap {
 /// Where there is no /dev/net/tun, or the kernel lacks the ingress queueing discipline, the `u32` classifier or the
 /// `mirred` action.
 pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
-    let (fd, name) = open_tap().map_err(NetworkError::system("open a tap by /dev/net/tun"))?;
+    let tap = loose_tap()?;
+    tie(interface, &tap.name).await?;
+    Ok(tap)
+}
+
+/// Ties a tap that leads nowhere yet to an interface.
+///
+/// # Errors
+/// Those of [`attach`].
+pub(super) async fn tie(interface: &Interface, name: &str) -> Result<(), NetworkError> {
     // The namespace's kernel must not speak on the tap: the guest would hear a stranger.
     let quiet = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
     match fs::write(&quiet, "1") {
@@ -43,7 +52,7 @@ pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None)
         .map_err(NetworkError::system("open a socket"))?;
     let index =
-        rustix::net::netdevice::name_to_index(&socket, &name).map_err(NetworkError::system(format!("find {name}")))?;
+        rustix::net::netdevice::name_to_index(&socket, name).map_err(NetworkError::system(format!("find {name}")))?;
 
     let netlink = netlink()?;
     let up = LinkUnspec::new_with_index(index).mtu(interface.mtu).up().build();
@@ -55,25 +64,25 @@ pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
             .map_err(NetworkError::netlink(format!("redirect what {name} receives")))
     };
     redirect(interface.index, index, &interface.name).await?;
-    redirect(index, interface.index, &name).await?;
+    redirect(index, interface.index, name).await?;
     if namespace::has_resolver()? {
         namespace::restrict_ports(rules::OWN_PORTS)?;
         rules::spare_resolver(&netlink, interface.index, index)
             .await
             .map_err(NetworkError::netlink(format!("leave the resolver its answers on {}", interface.name)))?;
     }
-    Ok(Tap { fd, name })
+    Ok(())
 }
 
-/// A tap that leads nowhere, for a machine that is not a container's.
+/// A tap that leads nowhere.
 ///
 /// # Errors
 /// Where there is no /dev/net/tun.
-pub fn loose_tap() -> Result<OwnedFd, NetworkError> {
-    open_tap().map(|(tap, _)| tap).map_err(NetworkError::system("open a tap by /dev/net/tun"))
+pub fn loose_tap() -> Result<Tap, NetworkError> {
+    open_tap().map_err(NetworkError::system("open a tap by /dev/net/tun"))
 }
 
-fn open_tap() -> io::Result<(OwnedFd, String)> {
+fn open_tap() -> io::Result<Tap> {
     let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     // SAFETY: a plain C structure of integers, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -85,8 +94,7 @@ fn open_tap() -> io::Result<(OwnedFd, String)> {
     request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(io::Error::other)?;
     set_interface(&file, &mut request)?;
     let name = request.ifr_name.iter().take_while(|&&byte| byte != 0).map(|byte| char::from(byte.cast_unsigned()));
-    let name = name.collect();
-    Ok((file.into(), name))
+    Ok(Tap { fd: file.into(), name: name.collect() })
 }
 
 fn set_interface(file: &File, request: &mut libc::ifreq) -> io::Result<()> {

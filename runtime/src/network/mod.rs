@@ -11,6 +11,7 @@
 
 mod attach;
 pub mod dns;
+pub mod late;
 pub mod loopback;
 pub mod namespace;
 mod rules;
@@ -37,6 +38,8 @@ pub struct Network {
     pub neighbours: Vec<Neighbour>,
     /// Whether the loopback interface has IPv6.
     pub loopback_ipv6: bool,
+    /// Whether an engine's resolver listens in the namespace, out of the guest's reach.
+    pub resolver: bool,
 }
 
 /// An Ethernet interface.
@@ -108,6 +111,14 @@ pub enum NetworkError {
     /// The host's own network was asked for.
     #[error("a container in a VM cannot use the host's network")]
     Host,
+    /// More interfaces after `create` than the VM has spare devices for.
+    #[error("the VM has {spare} spare network devices, and {came} interfaces have come after `create`")]
+    TooLate {
+        /// Interfaces.
+        came: usize,
+        /// Devices.
+        spare: usize,
+    },
     /// Netlink did not work as it should.
     #[error("cannot {action}")]
     Netlink {

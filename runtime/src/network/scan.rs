@@ -14,7 +14,7 @@ use rtnetlink::packet_route::route::{
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::attach::TAP_PREFIX;
-use super::{Interface, Neighbour, Network, NetworkError, Prefix, Route, netlink};
+use super::{Interface, Neighbour, Network, NetworkError, Prefix, Route, namespace, netlink};
 
 /// Reads what the network namespace of this thread holds for a guest.
 ///
@@ -36,7 +36,7 @@ pub async fn scan() -> Result<Network, NetworkError> {
     // A gateway has to be on the link already when the route through it is made.
     routes.sort_by_key(|route| route.gateway.is_some());
     let neighbours = neighbours(&netlink).await?.iter().filter_map(|message| neighbour(message, &interfaces)).collect();
-    Ok(Network { interfaces, routes, neighbours, loopback_ipv6: has_ipv6("lo") })
+    Ok(Network { interfaces, routes, neighbours, loopback_ipv6: has_ipv6("lo"), resolver: namespace::has_resolver()? })
 }
 
 async fn links(netlink: &Handle) -> Result<Vec<LinkMessage>, NetworkError> {

@@ -1,5 +1,6 @@
 //! Against the kernel: each test has a network namespace of its own, that goes with its thread. They need root.
 
+use std::collections::HashMap;
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
@@ -228,6 +229,42 @@ fn frames_pass_both_ways() {
         let frame = ethernet(MAC, WORLD_MAC, EXPERIMENT, &[9; 60]);
         send(&line.world, &frame).await;
         assert_eq!(receive(&line.guest, EXPERIMENT).await, frame);
+    });
+}
+
+#[test]
+fn what_comes_late_is_tied_once() {
+    in_namespace(async |netlink| {
+        let (mut spares, taps) = late::Spares::make().unwrap();
+        assert_eq!(spares.tie().await.unwrap(), None);
+        plug(&netlink).await;
+        // The other end of the cable is an interface as well.
+        let tied = spares.tie().await.unwrap().unwrap().interfaces;
+        let mut ends: HashMap<_, _> = tied.into_iter().map(|interface| interface.name).zip(taps).collect();
+        let mut end = |name: &str| {
+            // SAFETY: an owned descriptor stays the same and open.
+            unsafe { AsyncFd::register(ends.remove(name).unwrap().fd) }.unwrap()
+        };
+        let line = Line { guest: end("eth0"), world: end("world") };
+        let frame = ethernet([0xff; 6], MAC, EXPERIMENT, &[7; 1000]);
+        send(&line.guest, &frame).await;
+        assert_eq!(receive(&line.world, EXPERIMENT).await, frame);
+        assert_eq!(spares.tie().await.unwrap(), None);
+    });
+}
+
+#[test]
+fn more_than_there_is_room_for_comes_too_late() {
+    in_namespace(async |netlink| {
+        let (mut spares, taps) = late::Spares::make().unwrap();
+        for number in 0..=taps.len() {
+            let name = format!("eth{number}");
+            netlink.link().add(LinkVeth::new(&name, &format!("world{number}")).build()).execute().await.unwrap();
+            netlink.link().set(LinkUnspec::new_with_name(&name).up().build()).execute().await.unwrap();
+        }
+        // Their other ends are down, and left out.
+        let error = spares.tie().await.unwrap_err().to_string();
+        assert_eq!(error, "the VM has 4 spare network devices, and 5 interfaces have come after `create`");
     });
 }
 

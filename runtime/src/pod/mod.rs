@@ -22,7 +22,7 @@ use crate::host::hooks;
 use crate::log;
 use crate::network::loopback::{self, Loopback};
 use crate::network::namespace;
-use crate::sandbox::{Config, Sandbox, SandboxError, Size};
+use crate::sandbox::{Config, LateNetwork, Sandbox, SandboxError, Size};
 use crate::share::{Export, ShareError};
 use crate::state::Status;
 use crate::vmm::{self, VmmError};
@@ -58,6 +58,7 @@ pub struct Empty {
 /// A running VM and its containers. It ends with the process, whose first thread is in its network namespace.
 pub struct Pod {
     agent: Agent,
+    late_network: Arc<LateNetwork>,
     size: Size,
     files: Files,
     /// The container whose namespaces the others share; without one they share the guest's.
@@ -103,7 +104,7 @@ impl Pod {
         let booted = async {
             namespace::take_up(&bundle.network_namespace()).await.map_err(SandboxError::from)?;
             member.run_creating_hooks(id).await?;
-            boot(options, size, &cgroup, exports, bundle.spec.hostname().clone(), bundle.uses_engine_resolver()).await
+            boot(options, size, &cgroup, exports, bundle.spec.hostname().clone()).await
         };
         let sandbox = remove_after_failure(&cgroup, booted.await)?;
         let pod = Self::around(
@@ -134,7 +135,7 @@ impl Pod {
         let cgroup = Arc::new(Cgroup::create_below(&empty.cgroup_parent, id)?);
         let booted = async {
             namespace::take_up(&empty.network).await.map_err(SandboxError::from)?;
-            boot(options, empty.size, &cgroup, Vec::new(), Some(empty.hostname), false).await
+            boot(options, empty.size, &cgroup, Vec::new(), Some(empty.hostname)).await
         };
         let sandbox = remove_after_failure(&cgroup, booted.await)?;
         Self::around(sandbox, cgroup, empty.size, Table::default(), None).await
@@ -149,6 +150,7 @@ impl Pod {
     ) -> Result<Self> {
         let files = Files::new(sandbox.files()?, table);
         let agent = sandbox.agent.clone();
+        let late_network = sandbox.late_network.clone();
         let told_to_end = Arc::new(Notify::new());
         let (ended, end) = watch::channel(None);
         tokio::spawn(keep(sandbox, cgroup, told_to_end.clone(), ended));
@@ -157,6 +159,7 @@ impl Pod {
             loopback.inspect_err(|error| tracing::info!("the guest's loopback is not forwarded to: {error}"));
         Ok(Self {
             agent,
+            late_network,
             size,
             files,
             sandbox: first,
@@ -229,6 +232,7 @@ impl Pod {
     /// # Errors
     /// [`Error`]; after that of a `poststart` hook the container is being killed.
     pub async fn start(&self, id: &str) -> Result<()> {
+        self.late_network.connect().await?;
         if let Err(error) = self.agent.start_container(id).await {
             return Err(self.explain(error).await);
         }
@@ -386,7 +390,6 @@ async fn boot(
     cgroup: &Arc<Cgroup>,
     exports: Vec<Export>,
     hostname: Option<String>,
-    engine_resolver: bool,
 ) -> Result<Sandbox> {
     let config = Config {
         vm: options.vm.clone(),
@@ -394,7 +397,7 @@ async fn boot(
         exports,
         hostname: hostname.unwrap_or_default(),
         user_namespace: None,
-        engine_resolver,
+        late_network: true,
         log: options.log.clone(),
         console: options.console.clone(),
         cgroup: Some(cgroup.clone()),

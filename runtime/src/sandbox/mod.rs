@@ -11,6 +11,7 @@ use oci_spec::runtime::LinuxIdMapping;
 use runvm_protocol::agent as wire;
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
 use thiserror::Error;
+use tokio::sync::Mutex;
 
 use crate::agent::{Agent, AgentError};
 use crate::error::sentence;
@@ -18,6 +19,7 @@ use crate::host::cgroup::Cgroup;
 use crate::host::process::ProcessIdentity;
 use crate::host::user_namespace::IdMappings;
 use crate::log;
+use crate::network::late::Spares;
 use crate::network::{self, Network, NetworkError};
 use crate::share::{Export, Served};
 use crate::template::{self, TemplateError};
@@ -78,8 +80,8 @@ pub struct Config {
     pub hostname: String,
     /// The mappings of the user namespace that is the containers', if they have one.
     pub user_namespace: Option<IdMappings>,
-    /// Whether the guest's names are resolved by Docker's resolver.
-    pub engine_resolver: bool,
+    /// Whether interfaces may come between the boot and the start of what is to run.
+    pub late_network: bool,
     /// Where helpers of this program log.
     pub log: log::Options,
     /// Where the guest's console goes.
@@ -93,6 +95,8 @@ pub struct Sandbox {
     vm: Vm,
     /// The connection to the agent.
     pub agent: Agent,
+    /// For the interfaces that come after the boot.
+    pub late_network: Arc<LateNetwork>,
 }
 
 impl Sandbox {
@@ -146,6 +150,12 @@ impl Sandbox {
             let tap = network::attach(interface).await?;
             nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
+        let (mut spares, mut taps) = (Spares::default(), Vec::new());
+        if config.late_network && network.interfaces.is_empty() {
+            (spares, taps) = Spares::make()?;
+        }
+        let spare_nics = taps.into_iter().enumerate();
+        let spare_nics = spare_nics.map(|(index, tap)| Nic { tap: tap.fd, mac: network::device_mac(index) }).collect();
         log::stage("taps made");
         let backend = config.vm.backend(accelerator);
         let vm = backend.boot(Machine {
@@ -154,6 +164,7 @@ impl Sandbox {
             memory: config.size.memory,
             exports: config.exports.clone(),
             nics,
+            spare_nics,
             console: config.console.clone(),
             log: config.log.clone(),
             cgroup: config.cgroup.clone(),
@@ -184,7 +195,9 @@ impl Sandbox {
                 let agent = agent?;
                 log::stage("guest ready");
                 probe::proved(accelerator);
-                return Ok(Self { agent, vm });
+                let (agent_too, spares) = (agent.clone(), Mutex::new(spares));
+                let late_network = LateNetwork { agent: agent_too, spares, whereabouts: vm.spare_nics.clone() };
+                return Ok(Self { agent, vm, late_network: Arc::new(late_network) });
             }
             Err(_) => silent(limit),
         };
@@ -245,6 +258,43 @@ impl Sandbox {
     }
 }
 
+/// What a guest can be given of interfaces that come after its boot.
+pub struct LateNetwork {
+    agent: Agent,
+    spares: Mutex<Spares>,
+    /// Where the guest finds the devices.
+    whereabouts: Vec<String>,
+}
+
+impl LateNetwork {
+    /// Gives it those that have come into the calling thread's network namespace; only the first that come are taken.
+    ///
+    /// # Errors
+    /// [`NetworkError::TooLate`], and those of netlink and of the agent.
+    pub async fn connect(&self) -> Result<(), SandboxError> {
+        let Some(network) = self.spares.lock().await.tie().await? else { return Ok(()) };
+        let mut request = wire::ConfigureNetworkRequest::from(&network);
+        for (interface, whereabouts) in request.interfaces.iter_mut().zip(&self.whereabouts) {
+            interface.whereabouts.clone_from(whereabouts);
+        }
+        Ok(connect(&self.agent, &network, request).await?)
+    }
+}
+
+/// Has a guest use the network that it was given.
+async fn connect(agent: &Agent, network: &Network, request: wire::ConfigureNetworkRequest) -> Result<(), AgentError> {
+    agent.configure_network(request).await?;
+    if network.resolver {
+        let stream = agent.open(ports::DNS).await?;
+        tokio::spawn(async move {
+            if let Err(error) = network::dns::relay(stream).await {
+                tracing::debug!("name look-ups of the guest end: {error}");
+            }
+        });
+    }
+    Ok(())
+}
+
 /// The agent's first answers.
 async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>) -> Result<Agent, SandboxError> {
     let agent = Agent::connect(channel).await?;
@@ -268,15 +318,7 @@ async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>
         .await?;
     log::stage("agent answers");
     tokio::spawn(guest_log::pass_on(agent.open(ports::LOG).await?));
-    tokio::try_join!(agent.set_clock(), agent.configure_network(network.into()))?;
-    if config.engine_resolver {
-        let stream = agent.open(ports::DNS).await?;
-        tokio::spawn(async move {
-            if let Err(error) = network::dns::relay(stream).await {
-                tracing::debug!("name look-ups of the guest end: {error}");
-            }
-        });
-    }
+    tokio::try_join!(agent.set_clock(), connect(&agent, network, network.into()))?;
     Ok(agent)
 }
 

@@ -31,6 +31,9 @@ pub struct Shape {
     pub memory: u64,
     /// Network devices.
     pub nics: usize,
+    /// Network devices that the guest is not told of.
+    #[serde(default)]
+    pub spare_nics: usize,
 }
 
 impl Shape {
@@ -85,6 +88,7 @@ pub(super) mod tests {
             vcpus,
             memory: 1 << 30,
             nics: 1,
+            spare_nics: 0,
         }
     }
 

@@ -48,6 +48,8 @@ pub struct Machine {
     pub exports: Vec<Export>,
     /// Network devices.
     pub nics: Vec<Nic>,
+    /// Network devices that the guest learns of when something is to be connected to them.
+    pub spare_nics: Vec<Nic>,
     /// Where the guest's console goes; none makes the fastest start.
     pub console: Option<PathBuf>,
     /// Where the VM's processes log.
@@ -57,6 +59,11 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// Those that the guest is told of, and the others.
+    fn all_nics(&self) -> impl Iterator<Item = &Nic> {
+        self.nics.iter().chain(&self.spare_nics)
+    }
+
     /// Has a process of the VM be born where it belongs. To be called before the command's descriptors are arranged.
     fn settle(&self, command: &mut Command) -> Result<(), VmmError> {
         Ok(self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.adopt(command))?)
@@ -136,6 +143,9 @@ pub struct Vm {
     pub channel: Arc<dyn Channel>,
     /// How many streams the channel has at once.
     pub streams: usize,
+    /// Where the guest finds the network devices of which it was not told, as for its kernel's parameter
+    /// `virtio_mmio.device`.
+    pub spare_nics: Vec<String>,
 }
 
 /// What a VMM says at its end, to be read once it has ended.

@@ -78,6 +78,7 @@ mod tests {
             memory: 512 << 20,
             exports: Vec::new(),
             nics: Vec::new(),
+            spare_nics: Vec::new(),
             console: None,
             log: log::Options::default(),
             cgroup: None,

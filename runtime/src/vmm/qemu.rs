@@ -57,12 +57,16 @@ impl Vmm for Qemu {
         let mut share = spawn_share(&machine)?;
         let (ours, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
         let mut arguments = Arguments::default();
-        arguments.machine(&machine, &kernel, &initramfs);
+        let counter_khz = parameters::host_counter_khz().filter(|_| machine.accelerator == Accelerator::Tcg);
+        let parameters = parameters::qemu(&machine, counter_khz);
+        arguments.machine(&machine, &kernel, &initramfs, counter_khz);
         arguments.channel(theirs.into());
         arguments.share(share.connect()?);
         for nic in machine.nics {
             arguments.nic(nic.tap, nic.mac);
         }
+        arguments.append(&(parameters + &arguments.announcement()));
+        let spare_nics = machine.spare_nics.into_iter().map(|nic| arguments.nic(nic.tap, nic.mac)).collect();
         command.args(&arguments.list);
         command
             .as_std_mut()
@@ -93,6 +97,7 @@ impl Vmm for Qemu {
             template: None,
             channel: Arc::new(SerialChannel(opener)),
             streams: mux::MAX_STREAMS,
+            spare_nics,
         })
     }
 }
@@ -120,6 +125,7 @@ impl Channel for SerialChannel {
 struct Arguments {
     list: Vec<String>,
     descriptors: Vec<FdMapping>,
+    devices: u64,
 }
 
 impl Arguments {
@@ -134,7 +140,7 @@ impl Arguments {
         child_fd
     }
 
-    fn machine(&mut self, machine: &Machine, kernel: &Path, initramfs: &Path) {
+    fn machine(&mut self, machine: &Machine, kernel: &Path, initramfs: &Path, counter_khz: Option<u64>) {
         let (accelerator, processor) = match machine.accelerator {
             Accelerator::Kvm(Kvm::Ordinary) => ("kvm", "host"),
             // With this feature QEMU asks a PVM host for a register that it does not have, and aborts.
@@ -147,7 +153,6 @@ impl Arguments {
         let tcg = machine.accelerator == Accelerator::Tcg;
         let rtc = if tcg { "on" } else { "off" };
         // Where a guest is not told its counter's rate, it measures it by the PIT, and waits while it does.
-        let counter_khz = if tcg { parameters::host_counter_khz() } else { None };
         let pit = if tcg && counter_khz.is_none() { "on" } else { "off" };
         let serial = if machine.console.is_some() { "on" } else { "off" };
         self.add(&[
@@ -155,7 +160,7 @@ impl Arguments {
             accelerator,
             "-M",
             &format!(
-                "microvm,memory-backend=memory,x-option-roms=off,isa-serial={serial},rtc={rtc},pit={pit},pic={pit},acpi=off"
+                "microvm,memory-backend=memory,x-option-roms=off,isa-serial={serial},rtc={rtc},pit={pit},pic={pit},acpi=off,auto-kernel-cmdline=off"
             ),
             "-cpu",
             processor,
@@ -178,13 +183,10 @@ impl Arguments {
             &kernel.to_string_lossy(),
             "-initrd",
             &initramfs.to_string_lossy(),
-            "-append",
-            &parameters::qemu(machine, counter_khz),
             "-object",
             "rng-builtin,id=rng",
-            "-device",
-            "virtio-rng-device,rng=rng",
         ]);
+        self.device("virtio-rng-device,rng=rng");
         if let Some(console) = &machine.console {
             self.add(&["-serial", &format!("file:{}", console.display())]);
         }
@@ -192,37 +194,51 @@ impl Arguments {
 
     fn channel(&mut self, socket: OwnedFd) {
         let socket = self.descriptor(socket);
-        self.add(&[
-            "-chardev",
-            &format!("socket,id=agent,fd={socket}"),
-            "-device",
-            // Each port that could be makes two queues, which the guest sets up with slow register exits.
-            "virtio-serial-device,max_ports=2",
-            "-device",
-            &format!("virtserialport,nr=1,chardev=agent,name={SERIAL_PORT_NAME}"),
-        ]);
+        self.add(&["-chardev", &format!("socket,id=agent,fd={socket}")]);
+        // Each port that could be makes two queues, which the guest sets up with slow register exits.
+        self.device("virtio-serial-device,max_ports=2");
+        self.add(&["-device", &format!("virtserialport,nr=1,chardev=agent,name={SERIAL_PORT_NAME}")]);
     }
 
     fn share(&mut self, socket: OwnedFd) {
         let socket = self.descriptor(socket);
-        self.add(&[
-            "-chardev",
-            &format!("socket,id=share,fd={socket}"),
-            "-device",
-            &format!("vhost-user-fs-device,chardev=share,tag={SHARE_TAG},queue-size=1024"),
-        ]);
+        self.add(&["-chardev", &format!("socket,id=share,fd={socket}")]);
+        self.device(&format!("vhost-user-fs-device,chardev=share,tag={SHARE_TAG},queue-size=1024"));
     }
 
-    fn nic(&mut self, tap: OwnedFd, mac: [u8; 6]) {
+    /// Where the guest finds it.
+    fn nic(&mut self, tap: OwnedFd, mac: [u8; 6]) -> String {
         let tap = self.descriptor(tap);
         let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-        self.add(&[
-            "-netdev",
-            &format!("tap,id=net{tap},fd={tap},vhost=off"),
-            "-device",
-            &format!("virtio-net-device,netdev=net{tap},mac={mac}"),
-        ]);
+        self.add(&["-netdev", &format!("tap,id=net{tap},fd={tap},vhost=off")]);
+        self.device(&format!("virtio-net-device,netdev=net{tap},mac={mac}"))
     }
+
+    /// A device in the next of the machine's places; where that is.
+    fn device(&mut self, device: &str) -> String {
+        let place = self.devices;
+        self.devices += 1;
+        self.add(&["-device", &format!("{device},bus=virtio-mmio-bus.{place}")]);
+        whereabouts(place)
+    }
+
+    /// What tells the kernel of all devices that there are so far.
+    fn announcement(&self) -> String {
+        (0..self.devices).map(|place| format!(" virtio_mmio.device={}", whereabouts(place))).collect()
+    }
+
+    fn append(&mut self, parameters: &str) {
+        self.add(&["-append", parameters]);
+    }
+}
+
+/// Where a microvm has the device in one of its eight places, as for the kernel's parameter `virtio_mmio.device`: QEMU's
+/// hw/i386/microvm.c.
+fn whereabouts(place: u64) -> String {
+    const SIZE: u64 = 512;
+    const FIRST: u64 = 0xfeb0_0000;
+    const FIRST_INTERRUPT: u64 = 5;
+    format!("{SIZE}@{:#x}:{}", FIRST + place * SIZE, FIRST_INTERRUPT + place)
 }
 
 #[cfg(test)]
@@ -235,10 +251,12 @@ mod tests {
         let mut arguments = Arguments::default();
         let (a, b) = UnixStream::pair().unwrap();
         arguments.channel(a.into());
-        arguments.nic(b.into(), [2, 0, 0, 0, 0, 0xff]);
+        assert_eq!(arguments.nic(b.into(), [2, 0, 0, 0, 0, 0xff]), "512@0xfeb00200:6");
         let line = arguments.list.join(" ");
         assert!(line.contains("socket,id=agent,fd=3") && line.contains("tap,id=net4,fd=4"), "{line}");
         assert!(line.contains("mac=02:00:00:00:00:ff"), "{line}");
+        let announced = " virtio_mmio.device=512@0xfeb00000:5 virtio_mmio.device=512@0xfeb00200:6";
+        assert_eq!(arguments.announcement(), announced);
         assert_eq!(arguments.descriptors.len(), 2);
         assert!(arguments.descriptors.iter().all(|mapping| mapping.parent_fd.as_raw_fd() >= 0));
     }

@@ -85,7 +85,7 @@ fn load(folder: &Path) {
     serde_json::to_vec(&guest.spec).expect("a specification for the guest");
     let size = Size::of(&bundle.spec);
     assert!(size.vcpus > 0 && size.memory > 0, "{size:?}");
-    let _ = (bundle.network_namespace(), bundle.terminal(), bundle.uses_engine_resolver());
+    let _ = (bundle.network_namespace(), bundle.terminal());
     let _ = mount_points::make(&bundle);
 }
 

@@ -64,6 +64,8 @@ pub struct Config {
     pub huge_pages: bool,
     /// Devices, at most 19; guests find them in this order.
     pub devices: Vec<Box<dyn Device>>,
+    /// How many of the last devices a guest that boots is not told of: it finds them once it is, by [`device_word`].
+    pub unannounced: usize,
     /// Where a serial port writes to. It costs a start dearly, and is for debugging.
     pub console: Option<File>,
     /// What each thread that the guest's doings reach does to itself first.
@@ -166,7 +168,7 @@ impl Machine {
         let size = config.memory;
         let memory = memory::anonymous(size, config.huge_pages)?;
         let vcpu_count = config.vcpus;
-        kernel.command_line.push_str(&device_parameters(config.devices.len()));
+        kernel.command_line.push_str(&device_parameters(config.devices.len().saturating_sub(config.unannounced)));
         // Copying files and asking KVM for things take two processors half as long as one.
         let (loaded, made) = thread::scope(|scope| {
             let load = || x86::boot::load(&memory, &mut kernel, vcpu_count);
@@ -398,14 +400,13 @@ fn console(vm: &VmFd, file: File) -> Result<Console, MachineError> {
     Ok(Console::new(ConsoleLine(line), file))
 }
 
-/// Tells a kernel where its devices are: Documentation/admin-guide/kernel-parameters.txt, `virtio_mmio.device`.
 fn device_parameters(count: usize) -> String {
-    (0..count)
-        .map(|index| {
-            let registers = DEVICES + index as u64 * SIZE;
-            format!(" virtio_mmio.device={SIZE:#x}@{registers:#x}:{}", FIRST_INTERRUPT + index as u32)
-        })
-        .collect()
+    (0..count).map(|index| format!(" virtio_mmio.device={}", device_word(index))).collect()
+}
+
+/// Tells a kernel where the device with this index is: Documentation/admin-guide/kernel-parameters.txt, `virtio_mmio.device`.
+pub fn device_word(index: usize) -> String {
+    format!("{SIZE:#x}@{:#x}:{}", DEVICES + index as u64 * SIZE, FIRST_INTERRUPT + index as u32)
 }
 
 fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {

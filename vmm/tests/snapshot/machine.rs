@@ -168,6 +168,7 @@ impl Parts {
             memory: MEMORY,
             huge_pages: true,
             devices,
+            unannounced: 0,
             console: None,
             confinement: Arc::new(|_| Ok(())),
         };

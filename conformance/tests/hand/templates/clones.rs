@@ -10,8 +10,8 @@ use conformance::suite::expect_equal;
 use conformance::{Case, Cmd, Outcome, case};
 use serde_json::{Value, json};
 
-use super::veth::Veth;
 use super::{Templates, limit};
+use crate::veth::Veth;
 
 /// So many start at the same time.
 const CLONES: usize = 50;

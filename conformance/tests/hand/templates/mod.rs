@@ -6,7 +6,6 @@
 mod clones;
 mod damage;
 mod making;
-mod veth;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +17,7 @@ use conformance::{Case, Cmd, Outcome, Output, case};
 use serde_json::{Value, json};
 
 use crate::refused::refuse_cmd;
-use veth::Veth;
+use crate::veth::Veth;
 
 pub(crate) fn cases() -> Vec<Case<Hand>> {
     let mut cases = vec![

@@ -11,6 +11,9 @@ use crate::share::{Export, SetupError};
 /// state and memory where the machine begins as one or becomes one.
 pub(super) const FIRST_DESCRIPTOR: i32 = 3;
 
+/// How many devices there are before the network's.
+pub(super) const FIRST_NIC: usize = 4;
+
 /// What a VM's process is to make.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Description {
@@ -19,8 +22,10 @@ pub(super) struct Description {
     /// In bytes.
     pub memory: u64,
     pub exports: Vec<Export>,
-    /// The addresses of the network devices.
+    /// The addresses of the network devices, which are the last devices.
     pub macs: Vec<[u8; 6]>,
+    /// How many of those the guest is not told of.
+    pub spare: usize,
     pub beginning: Beginning,
 }
 

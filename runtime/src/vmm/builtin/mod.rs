@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use command_fds::{CommandFdExt as _, FdMapping};
-use runvm_vmm::machine::Flavour;
+use runvm_vmm::machine::{Flavour, device_word};
 use runvm_vmm::virtio::vsock::MAX_CONNECTIONS;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
@@ -36,7 +36,7 @@ use crate::log;
 use crate::share::ShareError;
 use crate::template::{self, Draft, FileIdentity, Files, Shape, Store, TemplateError};
 use channel::Doorway;
-use description::{Beginning, Description, Failure, Report, Saving};
+use description::{Beginning, Description, FIRST_NIC, Failure, Report, Saving};
 pub use process::main as process_main;
 
 /// The verb that makes this program a VM's process.
@@ -84,6 +84,7 @@ impl Builtin {
             vcpus: machine.vcpus,
             memory: machine.memory,
             nics: machine.nics.len(),
+            spare_nics: machine.spare_nics.len(),
         }))
     }
 
@@ -226,13 +227,14 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
         vcpus: machine.vcpus,
         memory: machine.memory,
         exports: machine.exports.clone(),
-        macs: machine.nics.iter().map(|nic| nic.mac).collect(),
+        macs: machine.all_nics().map(|nic| nic.mac).collect(),
+        spare: machine.spare_nics.len(),
         beginning,
     };
     let (control, theirs) = BlockingStream::pair().map_err(VmmError::Start)?;
     let (doorway, door) = Doorway::pair().map_err(VmmError::Start)?;
     let mut descriptors = vec![door];
-    for nic in &machine.nics {
+    for nic in machine.all_nics() {
         descriptors.push(nic.tap.try_clone().map_err(VmmError::Start)?);
     }
     descriptors.extend(files.into_iter().flat_map(|files| [files.state.into(), files.memory.into()]));
@@ -243,7 +245,17 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
     let report = converse(&mut control, &description).await?;
     let words: super::Words = Some(Box::new(control));
     let channel = Arc::new(doorway);
-    let mut vm = Vm { process, identity, share: None, words, template: None, channel, streams: MAX_CONNECTIONS };
+    let spare_nics = (0..machine.spare_nics.len()).map(|index| device_word(FIRST_NIC + machine.nics.len() + index));
+    let mut vm = Vm {
+        process,
+        identity,
+        share: None,
+        words,
+        template: None,
+        channel,
+        streams: MAX_CONNECTIONS,
+        spare_nics: spare_nics.collect(),
+    };
     match report {
         Some(Ok(saving)) => Ok((vm, saving)),
         Some(Err(Failure::Share(error))) => Err(ShareError::Setup(error).into()),

@@ -29,7 +29,7 @@ use runvm_vmm::virtio::vsock::Vsock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::confinement::{confine, enter};
-use super::description::{Beginning, Description, FIRST_DESCRIPTOR, Failure, Report, Saving};
+use super::description::{Beginning, Description, FIRST_DESCRIPTOR, FIRST_NIC, Failure, Report, Saving};
 use crate::error::sentence;
 use crate::host::idle::{Idleness, Spare};
 use crate::share;
@@ -118,12 +118,13 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
     let knock = knocked.try_clone().map_err(failed("make an event"))?;
-    let mut devices: Vec<Box<dyn Device>> = vec![
+    let others: [Box<dyn Device>; FIRST_NIC] = [
         Box::new(Vsock::new(Door::new(inherited.door), VSOCK_PORT, knock)),
         Box::new(Fs::new(SHARE_TAG, file_system).map_err(failed("share files"))?),
         Box::new(Rng),
         Box::new(Balloon::new(Backing::Private)),
     ];
+    let mut devices = Vec::from(others);
     for (tap, mac) in inherited.taps.into_iter().zip(&description.macs) {
         devices.push(Box::new(Net::new(tap, *mac, MAX_MTU)));
     }
@@ -134,6 +135,7 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         memory: description.memory,
         huge_pages: true,
         devices,
+        unannounced: description.spare,
         console,
         confinement: Arc::new(confine),
     };
