@@ -149,10 +149,11 @@ fn processes() -> Result<impl Iterator<Item = String>> {
 /// Mounts of this namespace: bound network namespaces are among them.
 fn mounts() -> Result<Vec<String>> {
     /// Docker's handle on the host's own network namespace, which it never lets go.
-    const OF_DOCKER: &str = "/run/rvm/docker/netns/default";
+    const OF_DOCKER: [&str; 2] = ["/run/rvm/docker", "/netns/default"];
     let mounts = fs::read_to_string("/proc/self/mounts")?;
-    let place = |line: &str| line.split(' ').nth(1).is_none_or(|place| place != OF_DOCKER && place != NETNS);
-    Ok(mounts.lines().filter(|line| place(line)).map(|line| format!("mount {line}")).collect())
+    let expected = |place: &str| place == NETNS || place.starts_with(OF_DOCKER[0]) && place.ends_with(OF_DOCKER[1]);
+    let others = mounts.lines().filter(|line| !line.split(' ').nth(1).is_some_and(expected));
+    Ok(others.map(|line| format!("mount {line}")).collect())
 }
 
 fn links() -> Result<Vec<String>> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use crate::cni;
 use crate::command::{Cmd, eventually};
 use crate::enclosure::Enclosure;
 use crate::engine::Daemon;
@@ -17,6 +18,7 @@ const IMAGE: &str = "rvm.example/busybox:latest";
 /// The daemon with its image.
 pub struct Engine {
     _daemon: Daemon,
+    _network: cni::Network,
     socket: PathBuf,
     /// containerd's name for a world of its own; `ctr` makes it the parent of cgroups too.
     namespace: String,
@@ -29,6 +31,8 @@ impl Engine {
         let folder = enclosure.work().join("containerd");
         std::fs::create_dir_all(&folder)?;
         let socket = enclosure.sockets().join("containerd.sock");
+        let network = cni::configure(&folder)?;
+        network.make_default(&folder)?;
         let config = folder.join("config.toml");
         let text = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\n\
@@ -41,7 +45,7 @@ impl Engine {
         let namespace = enclosure.cgroup().trim_start_matches('/').to_owned();
         let daemon = Cmd::new("/usr/bin/containerd").arg("--config").arg(config);
         let daemon = Daemon::start(daemon, &folder.join("log"), || client(&socket, &namespace).arg("version"))?;
-        let engine = Self { _daemon: daemon, socket, namespace, folder };
+        let engine = Self { _daemon: daemon, _network: network, socket, namespace, folder };
         let image = tempfile::tempdir()?;
         let archive = Archive { name: IMAGE, root: image::BUSYBOX, command: &["sh"] }.write(image.path())?;
         engine.ctr().args(["image", "import"]).arg(archive).ok()?;

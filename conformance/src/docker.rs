@@ -19,7 +19,7 @@ use crate::nameserver::Nameserver;
 use crate::runtime::Runtime;
 use crate::suite::{Handle, next_number};
 
-/// What a later release of the distribution has: an engine that starts runtimes by shims of their own.
+/// What a later release of the distribution has: an engine that can start runtimes by shims of their own.
 const LATER: (&str, &[&str]) = ("sid", &["docker.io", "docker-cli", "containerd"]);
 
 const BRIDGE: &str = "rvm0";
@@ -61,10 +61,14 @@ impl Engine {
         Self::start_with(enclosure, &under_test(&judge, &Runtime::Kvm.program()))
     }
 
-    /// Starts the daemon of a later release, under which runc and runvm each have their own shim.
-    pub fn start_later(enclosure: &Enclosure) -> Result<Self> {
+    /// Starts the daemon of a later release, which makes a container's interfaces after its creation. Under it runvm is in
+    /// runc's place, or runc and runvm each have their own shim.
+    pub fn start_later(enclosure: &Enclosure, by_shim: bool) -> Result<Self> {
         let tree = image::later(LATER.0, LATER.1)?;
-        Self::start_programs(enclosure, &tree, true, &[])
+        let judge = Judge::write(enclosure.work())?;
+        let runvm = Runtime::Kvm.program();
+        let runtimes = if by_shim { Vec::new() } else { under_test(&judge, &runvm).to_vec() };
+        Self::start_programs(enclosure, &tree, by_shim, &runtimes)
     }
 
     /// Starts the daemon with these runtimes besides runc: name, program, options.
@@ -80,7 +84,11 @@ impl Engine {
     ) -> Result<Self> {
         let bridge = Bridge::make()?;
         let nameserver = Nameserver::start(IpAddr::V4(HOST4))?;
-        let name = if by_shim { "docker-later" } else { "docker" };
+        let name = match (tree == Path::new("/"), by_shim) {
+            (true, _) => "docker",
+            (false, false) => "docker-later",
+            (false, true) => "docker-by-shim",
+        };
         let config = configuration(enclosure, runtimes);
         let data = enclosure.work().join(name).join("data");
         let setup = Setup { name, tree, by_shim, config, bridge: BRIDGE, data: &data };

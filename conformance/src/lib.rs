@@ -7,6 +7,7 @@
 
 pub mod bundle;
 pub mod census;
+pub mod cni;
 pub mod command;
 pub mod containerd;
 pub mod cri;

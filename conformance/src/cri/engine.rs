@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use k8s_cri::v1;
 
 use super::client::Client;
-use super::network::{self, Network};
 use super::pod::IMAGE;
+use crate::cni::{self, Network};
 use crate::command::{Cmd, eventually};
 use crate::enclosure::Enclosure;
 use crate::engine::Daemon;
@@ -77,7 +77,7 @@ impl Engine {
     pub fn start(enclosure: &Enclosure, release: Release) -> Result<Self> {
         let folder = enclosure.work().join(release.name());
         std::fs::create_dir_all(&folder)?;
-        let network = network::configure(&folder)?;
+        let network = cni::configure(&folder)?;
         let socket = enclosure.sockets().join(format!("{}.sock", release.name()));
         let judge = Judge::write(enclosure.work())?;
         let state = enclosure.sockets().join(release.name());
@@ -166,7 +166,7 @@ impl Engine {
 /// containerd's configuration; all releases read the second version of it.
 fn configuration(folder: &Path, state: &Path, socket: &Path, judge: &Judge, release: Release) -> String {
     let root = folder.join("root");
-    let network = folder.join(network::ONE);
+    let (network, plugins) = (folder.join(cni::ONE), cni::PLUGINS);
     let general = format!(
         r#"
 version = 2
@@ -188,14 +188,14 @@ stream_server_address = "127.0.0.1"
 stream_server_port = "0"
 
 [plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
+bin_dir = {plugins:?}
 conf_dir = {network:?}
 
 [plugins."io.containerd.grpc.v1.cri".containerd]
 default_runtime_name = "runc"
 "#
     );
-    let two = folder.join(network::TWO);
+    let two = folder.join(cni::TWO);
     let in_two_networks = format!("cni_conf_dir = {two:?}\ncni_max_conf_num = 2\n");
     let judge = format!("BinaryName = {:?}\n", judge.program());
     // Stdio by the shim's own streams goes with the Sandbox API: its address is the sandbox's.

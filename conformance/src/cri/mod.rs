@@ -6,7 +6,6 @@
 mod client;
 mod engine;
 mod log;
-mod network;
 mod pod;
 mod stream;
 
@@ -14,6 +13,5 @@ pub use client::Client;
 pub use engine::{Engine, Release};
 pub use k8s_cri::v1;
 pub use log::Line;
-pub use network::{HOST4, HOST6};
 pub use pod::{Container, Cri, IMAGE, Pod, pod_security, security};
 pub use stream::{Forwarded, Stream};

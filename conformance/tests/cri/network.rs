@@ -5,8 +5,9 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use conformance::cni::{HOST4, HOST6};
 use conformance::command::eventually;
-use conformance::cri::{Container, Cri, HOST4, HOST6, Pod, v1};
+use conformance::cri::{Container, Cri, Pod, v1};
 use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, case};
 

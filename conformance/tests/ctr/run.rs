@@ -1,6 +1,7 @@
 //! `ctr run` in the foreground.
 
 use anyhow::{Result, ensure};
+use conformance::cni::HOST4;
 use conformance::containerd::Ctr;
 use conformance::suite::expect_equal;
 use conformance::{Case, Outcome, Terminal, case};
@@ -17,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case<Ctr>> {
         case!(the_default_seccomp_profile),
         case!(capabilities),
         case!(only_a_loopback_without_network),
+        case!(a_network_of_cnis),
         case!(host_network),
         case!(memory_is_limited),
     ]
@@ -101,6 +103,16 @@ fn capabilities(c: &Ctr) -> Result<Outcome> {
 fn only_a_loopback_without_network(c: &Ctr) -> Result<Outcome> {
     let output = c.run("", &["ls", "/sys/class/net"]).run()?;
     expect_equal("links", output.text(), "lo")?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn a_network_of_cnis(c: &Ctr) -> Result<Outcome> {
+    let script = format!(
+        "ls /sys/class/net; ip -o address show dev eth0 | grep -c -e 172.31.248. -e fd00:; ip route | grep -c default;
+         ping -c 1 -W 10 {HOST4} | grep -o '1 packets received'"
+    );
+    let output = c.sh("--cni", &script).run()?;
+    expect_equal("what was seen", output.text(), "eth0\nlo\n2\n1\n1 packets received")?;
     Ok(Outcome::new().see_output("run", &output))
 }
 

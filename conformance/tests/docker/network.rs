@@ -146,15 +146,17 @@ fn a_long_stream_each_way(d: &Docker) -> Result<Outcome> {
 }
 
 fn a_published_port_is_reached_from_the_host(d: &Docker) -> Result<Outcome> {
-    let container = d.start_sh("--publish 127.0.0.1::80 --publish 80", INSIDE)?;
     let mut outcome = Outcome::new();
-    let ports = d.docker("port").args([&container.id, "80/tcp"]).ok()?;
-    for line in ports.text().lines().filter(|line| !line.starts_with('[')) {
-        let (address, port) = line.rsplit_once(':').context("a port follows the address")?;
-        let address = if address == "0.0.0.0" { HOST4.to_string() } else { address.to_owned() };
-        let answer = call(&address, port.parse()?, "published\n")?;
-        expect_equal("answer", answer.as_str(), "PUBLISHED\n")?;
-        outcome = outcome.see(&format!("by {address}"), answer);
+    for published in ["127.0.0.1::80", "80"] {
+        let container = d.start_sh(&format!("--publish {published}"), INSIDE)?;
+        let ports = d.docker("port").args([&container.id, "80/tcp"]).ok()?;
+        for line in ports.text().lines().filter(|line| !line.starts_with('[')) {
+            let (address, port) = line.rsplit_once(':').context("a port follows the address")?;
+            let address = if address == "0.0.0.0" { HOST4.to_string() } else { address.to_owned() };
+            let answer = call(&address, port.parse()?, "published\n")?;
+            expect_equal("answer", answer.as_str(), "PUBLISHED\n")?;
+            outcome = outcome.see(&format!("by {address}"), answer);
+        }
     }
     Ok(outcome)
 }

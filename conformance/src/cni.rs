@@ -1,10 +1,10 @@
-//! The network of pods: CNI's plugins, as a node has them.
+//! The networks of pods, and of `ctr --cni`: CNI's plugins, as a node has them.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use serde_json::{Value, json};
 
 use crate::Cmd;
@@ -25,6 +25,11 @@ const SECOND_BRIDGE: &str = "rvm-second";
 /// Where CNI's plugins and its library keep which addresses are taken, whatever they are told.
 const RECORDS: &str = "/var/lib/cni";
 
+/// Where the distribution has the plugins.
+pub const PLUGINS: &str = "/usr/lib/cni";
+/// Where CNI's library looks for the networks and for the plugins.
+const DEFAULTS: [&str; 2] = ["/etc/cni/net.d", "/opt/cni/bin"];
+
 /// The pods' networks. A bridge is made with the first pod, and removed with this.
 pub struct Network;
 
@@ -33,7 +38,21 @@ impl Drop for Network {
         for bridge in [BRIDGE, SECOND_BRIDGE] {
             let _ = Cmd::new("ip").args(["link", "delete", bridge]).run();
         }
-        let _ = unmount(RECORDS, UnmountFlags::DETACH);
+        for place in DEFAULTS.into_iter().chain([RECORDS]) {
+            let _ = unmount(place, UnmountFlags::DETACH);
+        }
+    }
+}
+
+impl Network {
+    /// Makes the network [`ONE`] that of programs that cannot be told where theirs is.
+    pub fn make_default(&self, folder: &Path) -> Result<()> {
+        let sources = [folder.join(ONE), PLUGINS.into()];
+        for (source, place) in sources.iter().zip(DEFAULTS) {
+            std::fs::create_dir_all(place)?;
+            mount_bind(source, place).with_context(|| format!("cannot mount {} on {place}", source.display()))?;
+        }
+        Ok(())
     }
 }
 
