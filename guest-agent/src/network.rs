@@ -219,7 +219,6 @@ impl From<LinkMessage> for Link {
     }
 }
 
-/// Whether the interface has IPv6; and if so, that its addresses serve at once.
 /// Tells the kernel of the devices that it does not know yet; whether there are any. Their driver has them when this returns.
 fn announce(interfaces: &[Interface], links: &[Link]) -> Result<bool, NetworkError> {
     const PARAMETER: &str = "/sys/module/virtio_mmio/parameters/device";
@@ -235,6 +234,7 @@ fn announce(interfaces: &[Interface], links: &[Link]) -> Result<bool, NetworkErr
     Ok(announced)
 }
 
+/// Whether the interface has IPv6; and if so, that its addresses serve at once.
 fn set_ipv6(name: &str, enabled: bool) -> Result<(), NetworkError> {
     for (parameter, value) in [("disable_ipv6", if enabled { "0" } else { "1" }), ("accept_dad", "0")] {
         let parameter = format!("net/ipv6/conf/{name}/{parameter}");

@@ -4,7 +4,6 @@
 //! which nothing is tied. Before the container's program is started they are given to what has come.
 
 use std::fs;
-use std::mem;
 
 use super::{Network, NetworkError, Tap, attach, scan};
 
@@ -25,12 +24,12 @@ impl Spares {
         Ok((Self(taps.iter().map(|tap| tap.name.clone()).collect()), taps))
     }
 
-    /// Ties what has come into the calling thread's network namespace to them, after which there are none any more; what
-    /// there is for the guest, the first tap's first. None where nothing has come, or where there are none.
+    /// Ties what has come into the calling thread's network namespace to them; what there is for the guest, the first
+    /// tap's first. None where nothing has come, or where there are none.
     ///
     /// # Errors
     /// More than there are devices, and those of [`attach`](super::attach()).
-    pub async fn tie(&mut self) -> Result<Option<Network>, NetworkError> {
+    pub async fn tie(&self) -> Result<Option<Network>, NetworkError> {
         if self.0.is_empty() || !something_has_come()? {
             return Ok(None);
         }
@@ -42,8 +41,8 @@ impl Spares {
         if came > spare {
             return Err(NetworkError::TooLate { came, spare });
         }
-        for (interface, tap) in network.interfaces.iter().zip(mem::take(&mut self.0)) {
-            attach::tie(interface, &tap).await?;
+        for (interface, tap) in network.interfaces.iter().zip(&self.0) {
+            attach::tie(interface, tap).await?;
         }
         Ok(Some(network))
     }

@@ -233,12 +233,13 @@ fn frames_pass_both_ways() {
 }
 
 #[test]
-fn what_comes_late_is_tied_once() {
+fn what_comes_late_is_tied() {
     in_namespace(async |netlink| {
-        let (mut spares, taps) = late::Spares::make().unwrap();
+        let (spares, taps) = late::Spares::make().unwrap();
         assert_eq!(spares.tie().await.unwrap(), None);
         plug(&netlink).await;
-        // The other end of the cable is an interface as well.
+        // The other end of the cable is an interface as well. Who has failed after this tries it again.
+        spares.tie().await.unwrap();
         let tied = spares.tie().await.unwrap().unwrap().interfaces;
         let mut ends: HashMap<_, _> = tied.into_iter().map(|interface| interface.name).zip(taps).collect();
         let mut end = |name: &str| {
@@ -249,14 +250,13 @@ fn what_comes_late_is_tied_once() {
         let frame = ethernet([0xff; 6], MAC, EXPERIMENT, &[7; 1000]);
         send(&line.guest, &frame).await;
         assert_eq!(receive(&line.world, EXPERIMENT).await, frame);
-        assert_eq!(spares.tie().await.unwrap(), None);
     });
 }
 
 #[test]
 fn more_than_there_is_room_for_comes_too_late() {
     in_namespace(async |netlink| {
-        let (mut spares, taps) = late::Spares::make().unwrap();
+        let (spares, taps) = late::Spares::make().unwrap();
         for number in 0..=taps.len() {
             let name = format!("eth{number}");
             netlink.link().add(LinkVeth::new(&name, &format!("world{number}")).build()).execute().await.unwrap();

@@ -267,17 +267,21 @@ pub struct LateNetwork {
 }
 
 impl LateNetwork {
-    /// Gives it those that have come into the calling thread's network namespace; only the first that come are taken.
+    /// Gives it those that have come into the calling thread's network namespace; once there were some, no more are taken.
     ///
     /// # Errors
-    /// [`NetworkError::TooLate`], and those of netlink and of the agent.
+    /// [`NetworkError::TooLate`], and those of netlink and of the agent. They stay to be
+    /// connected then.
     pub async fn connect(&self) -> Result<(), SandboxError> {
-        let Some(network) = self.spares.lock().await.tie().await? else { return Ok(()) };
+        let mut spares = self.spares.lock().await;
+        let Some(network) = spares.tie().await? else { return Ok(()) };
         let mut request = wire::ConfigureNetworkRequest::from(&network);
         for (interface, whereabouts) in request.interfaces.iter_mut().zip(&self.whereabouts) {
             interface.whereabouts.clone_from(whereabouts);
         }
-        Ok(connect(&self.agent, &network, request).await?)
+        connect(&self.agent, &network, request).await?;
+        *spares = Spares::default();
+        Ok(())
     }
 }
 
