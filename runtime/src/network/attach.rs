@@ -3,7 +3,7 @@
 //! The [`rules`](super::rules) act on what both devices receive, before the namespace's own kernel sees a frame: so
 //! it never answers for the addresses that are still on the interface. The guest does.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -79,11 +79,19 @@ pub(super) async fn tie(interface: &Interface, name: &str) -> Result<(), Network
 /// # Errors
 /// Where there is no /dev/net/tun.
 pub fn loose_tap() -> Result<Tap, NetworkError> {
-    open_tap().map_err(NetworkError::system("open a tap by /dev/net/tun"))
+    let fd = open_tun()?;
+    let name = make_tap(&fd)?;
+    Ok(Tap { fd, name })
 }
 
-fn open_tap() -> io::Result<Tap> {
-    let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+/// What can become a tap of the calling thread's network namespace.
+pub(super) fn open_tun() -> Result<OwnedFd, NetworkError> {
+    let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun");
+    opened.map(Into::into).map_err(NetworkError::system("open /dev/net/tun"))
+}
+
+/// Makes it one; its name.
+pub(super) fn make_tap(tun: &OwnedFd) -> Result<String, NetworkError> {
     // SAFETY: a plain C structure of integers, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     let pattern = format!("{TAP_PREFIX}%d");
@@ -91,15 +99,15 @@ fn open_tap() -> io::Result<Tap> {
         *to = from.cast_signed();
     }
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(io::Error::other)?;
-    set_interface(&file, &mut request)?;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    set_interface(tun, &mut request).map_err(NetworkError::system("make a tap by /dev/net/tun"))?;
     let name = request.ifr_name.iter().take_while(|&&byte| byte != 0).map(|byte| char::from(byte.cast_unsigned()));
-    Ok(Tap { fd: file.into(), name: name.collect() })
+    Ok(name.collect())
 }
 
-fn set_interface(file: &File, request: &mut libc::ifreq) -> io::Result<()> {
+fn set_interface(tun: &OwnedFd, request: &mut libc::ifreq) -> io::Result<()> {
     // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which `request` is.
-    match unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, request) } {
+    match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -1,35 +1,51 @@
 //! Interfaces that an engine adds between `create` and `start`, as Docker does from 28 on.
 //!
-//! A VM that is made in a namespace without any has spare network devices, of which its guest does not know, over taps to
-//! which nothing is tied. Before the container's program is started they are given to what has come.
+//! A VM that is made in a namespace without any has spare network devices, of which its guest does not know, and behind
+//! which there is nothing. Before the container's program is started they are tied to what has come.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 
-use super::{Network, NetworkError, Tap, attach, scan};
+use super::{Network, NetworkError, attach, scan};
 
 /// How many interfaces may come late.
 const COUNT: usize = 4;
 
-/// The taps, by their names. They last as long as the VM that has them.
+/// The ends of the host's of the spare devices, which become taps when they are needed: a tap that ends takes tens of
+/// milliseconds, and most containers without a network never get one.
 #[derive(Debug, Default)]
-pub struct Spares(Vec<String>);
+pub struct Spares(Vec<Spare>);
+
+#[derive(Debug)]
+struct Spare {
+    tun: OwnedFd,
+    /// Of the tap, once it is one.
+    tap: Option<String>,
+}
 
 impl Spares {
-    /// Makes them in the calling thread's network namespace; them, and what the VM is to have.
+    /// Makes them in the calling thread's network namespace; them, and what the VM is to have. They are `taps` at once for
+    /// a VMM that looks.
     ///
     /// # Errors
     /// Where there is no /dev/net/tun.
-    pub fn make() -> Result<(Self, Vec<Tap>), NetworkError> {
-        let taps = (0..COUNT).map(|_| attach::loose_tap()).collect::<Result<Vec<_>, _>>()?;
-        Ok((Self(taps.iter().map(|tap| tap.name.clone()).collect()), taps))
+    pub fn make(taps: bool) -> Result<(Self, Vec<OwnedFd>), NetworkError> {
+        let (mut spares, mut ends) = (Vec::new(), Vec::new());
+        for _ in 0..COUNT {
+            let tun = attach::open_tun()?;
+            let tap = if taps { Some(attach::make_tap(&tun)?) } else { None };
+            ends.push(tun.try_clone().map_err(NetworkError::system("duplicate a descriptor"))?);
+            spares.push(Spare { tun, tap });
+        }
+        Ok((Self(spares), ends))
     }
 
     /// Ties what has come into the calling thread's network namespace to them; what there is for the guest, the first
-    /// tap's first. None where nothing has come, or where there are none.
+    /// spare's first. None where nothing has come, or where there are none.
     ///
     /// # Errors
     /// More than there are devices, and those of [`attach`](super::attach()).
-    pub async fn tie(&self) -> Result<Option<Network>, NetworkError> {
+    pub async fn tie(&mut self) -> Result<Option<Network>, NetworkError> {
         if self.0.is_empty() || !something_has_come()? {
             return Ok(None);
         }
@@ -41,8 +57,12 @@ impl Spares {
         if came > spare {
             return Err(NetworkError::TooLate { came, spare });
         }
-        for (interface, tap) in network.interfaces.iter().zip(&self.0) {
-            attach::tie(interface, tap).await?;
+        for (interface, spare) in network.interfaces.iter().zip(&mut self.0) {
+            let tap = match spare.tap.take() {
+                Some(tap) => tap,
+                None => attach::make_tap(&spare.tun)?,
+            };
+            attach::tie(interface, spare.tap.insert(tap)).await?;
         }
         Ok(Some(network))
     }

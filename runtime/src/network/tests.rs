@@ -235,7 +235,7 @@ fn frames_pass_both_ways() {
 #[test]
 fn what_comes_late_is_tied() {
     in_namespace(async |netlink| {
-        let (spares, taps) = late::Spares::make().unwrap();
+        let (mut spares, taps) = late::Spares::make(false).unwrap();
         assert_eq!(spares.tie().await.unwrap(), None);
         plug(&netlink).await;
         // The other end of the cable is an interface as well. Who has failed after this tries it again.
@@ -244,7 +244,7 @@ fn what_comes_late_is_tied() {
         let mut ends: HashMap<_, _> = tied.into_iter().map(|interface| interface.name).zip(taps).collect();
         let mut end = |name: &str| {
             // SAFETY: an owned descriptor stays the same and open.
-            unsafe { AsyncFd::register(ends.remove(name).unwrap().fd) }.unwrap()
+            unsafe { AsyncFd::register(ends.remove(name).unwrap()) }.unwrap()
         };
         let line = Line { guest: end("eth0"), world: end("world") };
         let frame = ethernet([0xff; 6], MAC, EXPERIMENT, &[7; 1000]);
@@ -256,7 +256,7 @@ fn what_comes_late_is_tied() {
 #[test]
 fn more_than_there_is_room_for_comes_too_late() {
     in_namespace(async |netlink| {
-        let (spares, taps) = late::Spares::make().unwrap();
+        let (mut spares, taps) = late::Spares::make(false).unwrap();
         for number in 0..=taps.len() {
             let name = format!("eth{number}");
             netlink.link().add(LinkVeth::new(&name, &format!("world{number}")).build()).execute().await.unwrap();

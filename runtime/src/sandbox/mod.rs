@@ -150,12 +150,12 @@ impl Sandbox {
             let tap = network::attach(interface).await?;
             nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
-        let (mut spares, mut taps) = (Spares::default(), Vec::new());
+        let (mut spares, mut ends) = (Spares::default(), Vec::new());
         if config.late_network && network.interfaces.is_empty() {
-            (spares, taps) = Spares::make()?;
+            (spares, ends) = Spares::make(config.vm.needs_qemu(accelerator))?;
         }
-        let spare_nics = taps.into_iter().enumerate();
-        let spare_nics = spare_nics.map(|(index, tap)| Nic { tap: tap.fd, mac: network::device_mac(index) }).collect();
+        let spare_nics = ends.into_iter().enumerate();
+        let spare_nics = spare_nics.map(|(index, tap)| Nic { tap, mac: network::device_mac(index) }).collect();
         log::stage("taps made");
         let backend = config.vm.backend(accelerator);
         let vm = backend.boot(Machine {
