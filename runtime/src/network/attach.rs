@@ -25,14 +25,14 @@ pub struct Tap {
     pub name: String,
 }
 
-/// Makes a tap that stands for an interface.
+/// Makes a tap that stands for an interface, in a namespace where an engine's resolver listens or does not.
 ///
 /// # Errors
 /// Where there is no /dev/net/tun, or the kernel lacks the ingress queueing discipline, the `u32` classifier or the
 /// `mirred` action.
-pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
+pub async fn attach(interface: &Interface, resolver: bool) -> Result<Tap, NetworkError> {
     let tap = loose_tap()?;
-    tie(interface, &tap.name).await?;
+    tie(interface, &tap.name, resolver).await?;
     Ok(tap)
 }
 
@@ -40,7 +40,7 @@ pub async fn attach(interface: &Interface) -> Result<Tap, NetworkError> {
 ///
 /// # Errors
 /// Those of [`attach`].
-pub(super) async fn tie(interface: &Interface, name: &str) -> Result<(), NetworkError> {
+pub(super) async fn tie(interface: &Interface, name: &str, resolver: bool) -> Result<(), NetworkError> {
     // The namespace's kernel must not speak on the tap: the guest would hear a stranger.
     let quiet = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
     match fs::write(&quiet, "1") {
@@ -65,7 +65,7 @@ pub(super) async fn tie(interface: &Interface, name: &str) -> Result<(), Network
     };
     redirect(interface.index, index, &interface.name).await?;
     redirect(index, interface.index, name).await?;
-    if namespace::has_resolver()? {
+    if resolver {
         namespace::restrict_ports(rules::OWN_PORTS)?;
         rules::spare_resolver(&netlink, interface.index, index)
             .await

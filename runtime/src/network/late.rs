@@ -62,7 +62,7 @@ impl Spares {
                 Some(tap) => tap,
                 None => attach::make_tap(&spare.tun)?,
             };
-            attach::tie(interface, spare.tap.insert(tap)).await?;
+            attach::tie(interface, spare.tap.insert(tap), network.resolver).await?;
         }
         Ok(Some(network))
     }

@@ -149,7 +149,7 @@ fn an_interface_without_ipv6_says_so() {
 fn interfaces_that_are_down_or_taps_of_ours_are_left_out() {
     in_namespace(async |netlink| {
         plug(&netlink).await;
-        let _tap = attach(&interface_of("eth0").await).await.unwrap();
+        let _tap = attach(&interface_of("eth0").await, false).await.unwrap();
         netlink.link().set(LinkUnspec::new_with_name("world").down().build()).execute().await.unwrap();
         let names: Vec<_> = scan().await.unwrap().interfaces.into_iter().map(|interface| interface.name).collect();
         assert_eq!(names, ["eth0"]);
@@ -171,9 +171,12 @@ impl Line {
 }
 
 async fn tap(name: &str) -> AsyncFd<OwnedFd> {
-    let tap = attach(&interface_of(name).await).await.unwrap();
+    registered(attach(&interface_of(name).await, namespace::has_resolver().unwrap()).await.unwrap().fd)
+}
+
+fn registered(tap: OwnedFd) -> AsyncFd<OwnedFd> {
     // SAFETY: an owned descriptor stays the same and open.
-    unsafe { AsyncFd::register(tap.fd) }.unwrap()
+    unsafe { AsyncFd::register(tap) }.unwrap()
 }
 
 async fn send(tap: &AsyncFd<OwnedFd>, frame: &[u8]) {
@@ -242,10 +245,7 @@ fn what_comes_late_is_tied() {
         spares.tie().await.unwrap();
         let tied = spares.tie().await.unwrap().unwrap().interfaces;
         let mut ends: HashMap<_, _> = tied.into_iter().map(|interface| interface.name).zip(taps).collect();
-        let mut end = |name: &str| {
-            // SAFETY: an owned descriptor stays the same and open.
-            unsafe { AsyncFd::register(ends.remove(name).unwrap()) }.unwrap()
-        };
+        let mut end = |name: &str| registered(ends.remove(name).unwrap());
         let line = Line { guest: end("eth0"), world: end("world") };
         let frame = ethernet([0xff; 6], MAC, EXPERIMENT, &[7; 1000]);
         send(&line.guest, &frame).await;

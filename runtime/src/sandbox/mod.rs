@@ -147,7 +147,7 @@ impl Sandbox {
     async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
         let mut nics = Vec::new();
         for (index, interface) in network.interfaces.iter().enumerate() {
-            let tap = network::attach(interface).await?;
+            let tap = network::attach(interface, network.resolver).await?;
             nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
         let (mut spares, mut ends) = (Spares::default(), Vec::new());
@@ -195,8 +195,11 @@ impl Sandbox {
                 let agent = agent?;
                 log::stage("guest ready");
                 probe::proved(accelerator);
-                let (agent_too, spares) = (agent.clone(), Mutex::new(spares));
-                let late_network = LateNetwork { agent: agent_too, spares, whereabouts: vm.spare_nics.clone() };
+                let late_network = LateNetwork {
+                    agent: agent.clone(),
+                    spares: Mutex::new(spares),
+                    whereabouts: vm.spare_nics.clone(),
+                };
                 return Ok(Self { agent, vm, late_network: Arc::new(late_network) });
             }
             Err(_) => silent(limit),
@@ -270,8 +273,7 @@ impl LateNetwork {
     /// Gives it those that have come into the calling thread's network namespace; once there were some, no more are taken.
     ///
     /// # Errors
-    /// [`NetworkError::TooLate`], and those of netlink and of the agent. They stay to be
-    /// connected then.
+    /// [`NetworkError::TooLate`], and those of netlink and of the agent. They stay to be connected then.
     pub async fn connect(&self) -> Result<(), SandboxError> {
         let mut spares = self.spares.lock().await;
         let Some(network) = spares.tie().await? else { return Ok(()) };

@@ -65,7 +65,7 @@ impl Vmm for Qemu {
         for nic in machine.nics {
             arguments.nic(nic.tap, nic.mac);
         }
-        arguments.append(&(parameters + &arguments.announcement()));
+        arguments.add(&["-append", &(parameters + &arguments.announcement())]);
         let spare_nics = machine.spare_nics.into_iter().map(|nic| arguments.nic(nic.tap, nic.mac)).collect();
         command.args(&arguments.list);
         command
@@ -225,10 +225,6 @@ impl Arguments {
     /// What tells the kernel of all devices that there are so far.
     fn announcement(&self) -> String {
         (0..self.devices).map(|place| format!(" virtio_mmio.device={}", whereabouts(place))).collect()
-    }
-
-    fn append(&mut self, parameters: &str) {
-        self.add(&["-append", parameters]);
     }
 }
 
