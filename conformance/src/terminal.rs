@@ -58,17 +58,40 @@ impl Terminal {
         Ok(tcsetwinsize(&self.master, winsize(rows, columns))?)
     }
 
+    /// Changes the window's size, until `text` appears after what was expected before. The clients of engines tell a
+    /// container its first size before they listen for others, and nothing tells when they do.
+    pub fn resize_until(&mut self, rows: u16, columns: u16, text: &str) -> Result<()> {
+        const PATIENCE: Duration = Duration::from_secs(2);
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            self.resize(rows, columns)?;
+            if self.shows(text, Instant::now() + PATIENCE)? {
+                return Ok(());
+            }
+            self.resize(rows, columns - 1)?;
+        }
+        self.never_showed(text)
+    }
+
     /// Waits until `text` appears after what was expected before.
     pub fn expect(&mut self, text: &str) -> Result<()> {
-        let deadline = Instant::now() + LIMIT;
+        if self.shows(text, Instant::now() + LIMIT)? { Ok(()) } else { self.never_showed(text) }
+    }
+
+    fn never_showed(&self, text: &str) -> Result<()> {
+        bail!("the terminal never showed {text:?} but\n{}", self.seen);
+    }
+
+    /// Whether `text` appears in time after what was expected before.
+    fn shows(&mut self, text: &str, deadline: Instant) -> Result<bool> {
         loop {
             if let Some(at) = self.seen[self.expected..].find(text) {
                 self.expected += at + text.len();
-                return Ok(());
+                return Ok(true);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || !self.read(left)? {
-                bail!("the terminal never showed {text:?} but\n{}", self.seen);
+                return Ok(false);
             }
         }
     }

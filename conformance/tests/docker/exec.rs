@@ -44,8 +44,7 @@ fn exec_has_a_terminal(d: &Docker) -> Result<Outcome> {
     let container = d.start("", &["sleep", "1000"])?;
     let script = "until [ \"$(stty size 2>/dev/null)\" = '40 120' ]; do sleep 0.1; done; tty; read line; exit 5";
     let mut terminal = Terminal::open(container.exec_sh("-it", script), 33, 99)?;
-    terminal.resize(40, 120)?;
-    terminal.expect("/dev/pts/")?;
+    terminal.resize_until(40, 120, "/dev/pts/")?;
     terminal.send("\n")?;
     let (code, shown) = terminal.finish()?;
     expect_equal("exit code", code, 5)?;

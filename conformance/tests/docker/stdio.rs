@@ -101,8 +101,7 @@ fn terminal_follows_a_resize(d: &Docker) -> Result<Outcome> {
                   echo ready; while :; do sleep 0.1; done";
     let mut terminal = Terminal::open(d.sh("-it", script), 33, 99)?;
     terminal.expect("ready")?;
-    terminal.resize(44, 122)?;
-    terminal.expect("44 122")?;
+    terminal.resize_until(44, 122, "44 122")?;
     let (code, _) = terminal.finish()?;
     expect_equal("exit code", code, 4)?;
     Ok(Outcome::new().see("exit", code))

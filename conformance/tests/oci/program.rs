@@ -50,7 +50,7 @@ impl Program {
     pub(crate) fn run(&self, contender: &Contender) -> Result<Assertions> {
         // All that look at cgroups use the same.
         static OF_CGROUPS: Mutex<()> = Mutex::new(());
-        let of_cgroups = self.name.contains("cgroup") || self.name == "delete_resources";
+        let of_cgroups = self.name.contains("cgroup") || self.name.ends_with("_resources");
         let _alone = of_cgroups.then(|| OF_CGROUPS.lock().unwrap_or_else(PoisonError::into_inner));
         let tools = self.path.ancestors().nth(2).context("the programs lie in a folder")?;
         let program = Cmd::new(&self.path).current_dir(tools).env("RUNTIME", &contender.script);

@@ -54,11 +54,11 @@ fn stdin_from_a_pipe_reaches_its_end(p: &Podman) -> Result<Outcome> {
 fn a_terminal_has_a_size_and_follows_a_resize(p: &Podman) -> Result<Outcome> {
     // Podman sets the size just after the start, so the container may have to wait.
     let script = "until [ \"$(stty size 2>/dev/null)\" = '33 99' ]; do sleep 0.1; done;
-                  trap 'stty size; exit 4' WINCH; tty; while :; do sleep 0.1; done";
+                  trap 'stty size; [ \"$(stty size)\" = \"44 122\" ] && exit 4' WINCH;
+                  tty; while :; do sleep 0.1; done";
     let mut terminal = Terminal::open(p.sh("-it", script), 33, 99)?;
     terminal.expect("/dev/pts/0")?;
-    terminal.resize(44, 122)?;
-    terminal.expect("44 122")?;
+    terminal.resize_until(44, 122, "44 122")?;
     let (code, _) = terminal.finish()?;
     expect_equal("exit code", code, 4)?;
     Ok(Outcome::new().see("exit", code))
