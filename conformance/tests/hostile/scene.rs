@@ -94,7 +94,7 @@ impl Scene {
         ensure!(output.code != 0, "it succeeded");
         let complaint = self.complaint()?;
         ensure!(!complaint.is_empty(), "it says nothing");
-        ensure!(complaint.contains(said), "it says {complaint:?} and not {said:?}");
+        ensure!(complaint.contains(said), "it says {complaint:?} and not {said:?}, {}", self.circumstances());
         ensure!(complaint.len() < SENTENCE, "it says {} bytes", complaint.len());
         ensure!(!complaint.contains(char::is_control), "it says {complaint:?}");
         Ok(())
@@ -111,6 +111,12 @@ impl Scene {
         let lines = log.lines().map(serde_json::from_str).collect::<Result<Vec<Value>, _>>()?;
         let error = lines.iter().rev().find(|line| line["level"] == "error");
         Ok(error.and_then(|line| line["msg"].as_str()).unwrap_or_default().to_owned())
+    }
+
+    /// What explains an unexpected answer: what has become of the container, and all that was logged.
+    fn circumstances(&self) -> String {
+        let log = fs::read_to_string(self.log()).unwrap_or_default();
+        format!("the container's status being {:?}, and its log\n{log}", self.status())
     }
 
     /// The container's status; none where there is no such container.
