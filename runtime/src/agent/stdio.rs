@@ -91,13 +91,28 @@ fn is_null(descriptor: impl AsFd) -> bool {
 
 /// The joined streams of one process.
 pub struct Relay {
-    stdin: Option<(Source, ByteStream)>,
-    stdout: Option<(ByteStream, Sink)>,
-    stderr: Option<(ByteStream, Sink)>,
-    inputs: Vec<(Source, ByteStream)>,
-    outputs: Vec<(ByteStream, Sink)>,
+    stdin: Option<Joined<Source>>,
+    stdout: Option<Joined<Sink>>,
+    stderr: Option<Joined<Sink>>,
+    inputs: Vec<Joined<Source>>,
+    outputs: Vec<Joined<Sink>>,
     /// As long as this is open, the guest's process has somebody to run for.
     lifeline: Option<ByteStream>,
+}
+
+/// An end on the host and the stream that it is joined to.
+type Joined<End> = (End, ByteStream);
+
+/// What there may be of an end and its stream, and the stream's key, which is empty where there is none.
+struct Joint<End> {
+    joined: Option<Joined<End>>,
+    key: String,
+}
+
+async fn join<End>(agent: &Agent, end: Option<End>, key: String) -> Result<Joint<End>, AgentError> {
+    let Some(end) = end else { return Ok(Joint { joined: None, key: String::new() }) };
+    let stream = agent.open_stdio(&key).await?;
+    Ok(Joint { joined: Some((end, stream)), key })
 }
 
 impl Relay {
@@ -111,41 +126,40 @@ impl Relay {
         descriptors: Descriptors,
         lifeline: bool,
     ) -> Result<(Self, wire::Stdio), AgentError> {
-        let mut named = wire::Stdio {
+        let (stdin, stdout, stderr, lifeline) = tokio::try_join!(
+            join(agent, descriptors.stdin, format!("{key}/stdin")),
+            join(agent, descriptors.stdout, format!("{key}/stdout")),
+            join(agent, descriptors.stderr, format!("{key}/stderr")),
+            join(agent, lifeline.then_some(()), format!("{key}/life")),
+        )?;
+        let (mut inputs, mut outputs, mut preserved) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, Preserved { source, sink }) in descriptors.preserved.into_iter().enumerate() {
+            let (input, output) = tokio::try_join!(
+                join(agent, source, format!("{key}/in/{index}")),
+                join(agent, sink, format!("{key}/out/{index}")),
+            )?;
+            inputs.extend(input.joined);
+            outputs.extend(output.joined);
+            preserved.push(wire::Preserved { input: input.key, output: output.key, ..Default::default() });
+        }
+        let named = wire::Stdio {
             terminal_rows: descriptors.size.rows.into(),
             terminal_columns: descriptors.size.columns.into(),
+            stdin: stdin.key,
+            stdout: stdout.key,
+            stderr: stderr.key,
+            lifeline: lifeline.key,
+            preserved,
             ..Default::default()
         };
-        let mut relay =
-            Self { stdin: None, stdout: None, stderr: None, inputs: Vec::new(), outputs: Vec::new(), lifeline: None };
-        if let Some(source) = descriptors.stdin {
-            named.stdin = format!("{key}/stdin");
-            relay.stdin = Some((source, agent.open_stdio(&named.stdin).await?));
-        }
-        if let Some(sink) = descriptors.stdout {
-            named.stdout = format!("{key}/stdout");
-            relay.stdout = Some((agent.open_stdio(&named.stdout).await?, sink));
-        }
-        if let Some(sink) = descriptors.stderr {
-            named.stderr = format!("{key}/stderr");
-            relay.stderr = Some((agent.open_stdio(&named.stderr).await?, sink));
-        }
-        for (index, Preserved { source, sink }) in descriptors.preserved.into_iter().enumerate() {
-            let mut preserved = wire::Preserved::default();
-            if let Some(source) = source {
-                preserved.input = format!("{key}/in/{index}");
-                relay.inputs.push((source, agent.open_stdio(&preserved.input).await?));
-            }
-            if let Some(sink) = sink {
-                preserved.output = format!("{key}/out/{index}");
-                relay.outputs.push((agent.open_stdio(&preserved.output).await?, sink));
-            }
-            named.preserved.push(preserved);
-        }
-        if lifeline {
-            named.lifeline = format!("{key}/life");
-            relay.lifeline = Some(agent.open_stdio(&named.lifeline).await?);
-        }
+        let relay = Self {
+            stdin: stdin.joined,
+            stdout: stdout.joined,
+            stderr: stderr.joined,
+            inputs,
+            outputs,
+            lifeline: lifeline.joined.map(|((), stream)| stream),
+        };
         Ok((relay, named))
     }
 
@@ -155,8 +169,8 @@ impl Relay {
         for (input, stream) in self.stdin.into_iter().chain(self.inputs) {
             carriers.spawn(send(input, stream));
         }
-        let mut carry = |output: Option<(ByteStream, Sink)>| {
-            output.map(|(stream, sink)| {
+        let mut carry = |output: Option<Joined<Sink>>| {
+            output.map(|(sink, stream)| {
                 let (report, carried) = watch::channel(Carried::default());
                 carriers.spawn(receive(stream, sink, report));
                 carried
