@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion, VolatileSlice,
+    Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion,
+    VolatileSlice,
 };
 
 use crate::Memory;
@@ -61,6 +62,9 @@ impl Block {
 
     fn copy(self, memory: &Memory, file: &File) -> Result<(), MemoryError> {
         let part = self.of(memory).ok_or(MemoryError::Block(self.0))?;
+        // A large page takes the host's kernel milliseconds, in which nobody maps anything, a thread's stack for example,
+        // if it is the kernel that comes to it first.
+        part.write_obj(0_u8, 0).map_err(|_| MemoryError::Block(self.0))?;
         copy(&part, file, self.offset() as i64).map_err(MemoryError::File)
     }
 }
@@ -229,7 +233,6 @@ fn advise_huge(mapping: &MmapRegion) {
 mod tests {
     use super::*;
     use std::io::Write as _;
-    use vm_memory::Bytes as _;
 
     #[test]
     fn memory_lies_around_the_devices() {
