@@ -81,7 +81,7 @@ fn the_bridge_answers_a_ping(d: &Docker) -> Result<Outcome> {
     // The kernel first looks whether anybody else has a new IPv6 address.
     let script = format!(
         "ping -c 1 -W 10 {HOST4} | grep -o '1 packets received';
-         for i in $(seq 15); do ping6 -c 1 -W 2 {HOST6} | grep -o '1 packets received' && exit 0; sleep 0.5; done
+         for i in 1 2 3 4 5 6 7 8 9; do ping6 -c 1 -W 1 {HOST6} | grep -o '1 packets received' && exit 0; sleep 0.5; done
          ip -6 addr; ip -6 route; ip -6 neigh"
     );
     let output = d.sh("", &script).run()?;
