@@ -12,7 +12,7 @@ use crate::bundle::OCI_VERSION;
 use crate::container::{Changes, Create, Exec, ProcessSource};
 use crate::error::{Error, Result};
 use crate::log::{self, Format};
-use crate::monitor::{Globals, Options, Start};
+use crate::monitor::{Globals, Options};
 use crate::vmm::{self, Configuration, ConfigurationError};
 
 const ROOT: &str = "/run/runvm";
@@ -269,10 +269,9 @@ impl CreateArgs {
     ///
     /// # Errors
     /// [`Error::Usage`] for what a VM cannot have.
-    pub fn into_create(self, start: Start) -> Result<Create> {
+    pub fn into_create(self) -> Result<Create> {
         remark_activation();
         Ok(Create {
-            start,
             id: self.id,
             bundle: self.bundle,
             console_socket: self.console_socket,
@@ -438,8 +437,6 @@ pub struct MonitorArgs {
     folder: PathBuf,
     #[arg(long)]
     console_socket: Option<PathBuf>,
-    #[arg(long)]
-    starts_later: bool,
     #[arg(long, default_value_t = 0)]
     preserve_fds: u32,
     id: String,
@@ -456,7 +453,6 @@ impl MonitorArgs {
             vm: globals.vm.clone(),
             log: globals.log.clone(),
             guest_console: globals.guest_console.clone(),
-            start: if self.starts_later { Start::Later } else { Start::AtOnce },
             preserve_fds: self.preserve_fds,
         }
     }

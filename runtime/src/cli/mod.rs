@@ -17,7 +17,7 @@ use clap::Parser as _;
 use crate::container;
 use crate::error::{Error, Result, sentence};
 use crate::host::oom;
-use crate::monitor::{self, Globals, Start};
+use crate::monitor::{self, Globals};
 use crate::vmm::builtin;
 use crate::{log, share};
 use args::{Cli, Verb};
@@ -62,9 +62,9 @@ pub fn main() -> ExitCode {
 
 fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
     let done = match verb {
-        Verb::Create(args) => container::create(globals, &args.into_create(Start::Later)?).map(drop),
+        Verb::Create(args) => container::create(globals, &args.into_create()?).map(drop),
         Verb::Run(args) => return run::run(globals, args).map(Into::into),
-        Verb::Start { id } => container::start(globals, &id, Start::Later),
+        Verb::Start { id } => container::start(globals, &id),
         Verb::Kill { id, signal, all } => container::kill(globals, &id, args::signal_number(&signal)?, all),
         Verb::Delete { id, force } => container::delete(globals, &id, force),
         Verb::Events(args) => events::events(globals, &args),

@@ -10,18 +10,18 @@ use super::args::RunArgs;
 use crate::container;
 use crate::error::{Error, Result};
 use crate::host::terminal::{self, RawTerminal};
-use crate::monitor::{self, Globals, Start, single_threaded};
+use crate::monitor::{self, Globals, single_threaded};
 
 pub fn run(globals: &Globals, args: RunArgs) -> Result<u8> {
     let (detach, keep) = (args.detach, args.keep);
-    let create = args.create.into_create(Start::AtOnce)?;
+    let create = args.create.into_create()?;
     let console_socket = create.console_socket.is_some();
     let running = container::create(globals, &create)?;
     if detach && running.terminal && !console_socket {
         container::delete(globals, &create.id, true)?;
         return Err(Error::Usage("a detached container with a terminal needs --console-socket".to_owned()));
     }
-    if let Err(error) = container::start(globals, &create.id, create.start) {
+    if let Err(error) = container::start(globals, &create.id) {
         container::delete(globals, &create.id, true)?;
         return Err(error);
     }

@@ -8,7 +8,7 @@ use super::print;
 use crate::error::Result;
 use crate::monitor::{Globals, single_threaded};
 use crate::network::{self, namespace};
-use crate::sandbox::{SandboxError, Size};
+use crate::sandbox::{SandboxError, Size, spare_nics};
 use crate::template::{MAX_TOTAL, Template};
 use crate::vmm::assets::Assets;
 use crate::vmm::probe::{self, Accelerator};
@@ -81,6 +81,7 @@ fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
             let tap = network::loose_tap().map_err(SandboxError::from)?;
             nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
+        let (_, spare_nics) = spare_nics(nics.len(), false).map_err(SandboxError::from)?;
         let size = Size::for_limits(args.vcpus, args.memory.map(|limit| limit * MIB));
         let machine = Machine {
             accelerator: choice.accelerator,
@@ -88,7 +89,7 @@ fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
             memory: size.memory,
             exports: Vec::new(),
             nics,
-            spare_nics: Vec::new(),
+            spare_nics,
             console: None,
             log: globals.log.clone(),
             cgroup: None,

@@ -12,14 +12,12 @@ use crate::error::{Error, Result};
 use crate::host::cgroup::Cgroup;
 use crate::host::hooks;
 use crate::log;
-use crate::monitor::{Globals, Launched, Start};
+use crate::monitor::{Globals, Launched};
 use crate::state::{Container, Phase, Record, Status};
 
 /// What `create` is asked for.
 #[derive(Clone, Debug)]
 pub struct Create {
-    /// When its program is to be started.
-    pub start: Start,
     /// The container's ID.
     pub id: String,
     /// The folder of its bundle.
@@ -117,9 +115,6 @@ fn launch(
     command.arg("monitor").arg("--bundle").arg(&bundle.path).arg("--folder").arg(container.dir());
     if let Some(socket) = &options.console_socket {
         command.arg("--console-socket").arg(socket);
-    }
-    if options.start == Start::Later {
-        command.arg("--starts-later");
     }
     command.arg(&options.id);
     let launched = Launched::start(command, preserved)?;

@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 
 use crate::error::{Error, Result};
 use crate::host::{descriptor, hooks};
-use crate::monitor::{Globals, KILL_SENT, Start, connect, network, single_threaded};
+use crate::monitor::{Globals, KILL_SENT, connect, network, single_threaded};
 use crate::state::{Container, Phase, Status};
 use pause::Guest;
 
@@ -26,20 +26,18 @@ pub use exec::{Changes, Exec, ProcessSource, exec, proxy, start_process};
 pub use pause::{pause, resume};
 pub use update::{limits_of_guest, update};
 
-/// Runs the program of a container that was created to be started at this time.
+/// Runs the program of a created container.
 ///
 /// # Errors
 /// [`Error::CannotStart`] where it is not created; the agent's.
-pub fn start(globals: &Globals, id: &str, time: Start) -> Result<()> {
+pub fn start(globals: &Globals, id: &str) -> Result<()> {
     let mut container = Container::open(&globals.root, id)?;
     match container.status() {
         Status::Created => {}
         status => return Err(Error::CannotStart(status)),
     }
     single_threaded(async {
-        if time == Start::Later {
-            network::connect(container.dir()).await?;
-        }
+        network::connect(container.dir()).await?;
         Ok(connect(container.dir()).await?.start_container(id).await?)
     })?;
     container.record.phase = Phase::Running;

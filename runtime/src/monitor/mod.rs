@@ -34,15 +34,6 @@ pub use launch::{Globals, Launched};
 /// only who reads their output.
 const PARTING: std::time::Duration = std::time::Duration::from_secs(2);
 
-/// When a container's program is started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// With its creation.
-    AtOnce,
-    /// By a verb of its own, before which the engine may add to its network.
-    Later,
-}
-
 /// What a monitor is told by its command line.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -60,8 +51,6 @@ pub struct Options {
     pub log: log::Options,
     /// Where the guest's console is written.
     pub guest_console: Option<PathBuf>,
-    /// When the container's program is to be started.
-    pub start: Start,
     /// How many descriptors the container's process is handed beside its stdio.
     pub preserve_fds: u32,
 }
@@ -161,7 +150,6 @@ async fn run(
         exports: guest.exports.clone(),
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),
         user_namespace: bundle.user_namespace(),
-        late_network: options.start == Start::Later,
         log: options.log.clone(),
         console: options.guest_console.clone(),
         cgroup: None,
@@ -179,9 +167,7 @@ async fn run(
     };
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
     let tunnel = Tunnel::serve(listener, sandbox.channel(), sandbox.streams());
-    if options.start == Start::Later {
-        network::serve(&options.folder, sandbox.late_network.clone()).map_err(Error::system("listen for `start`"))?;
-    }
+    network::serve(&options.folder, sandbox.late_network.clone()).map_err(Error::system("listen for `start`"))?;
     release_stdio().map_err(Error::system("release the stdio"))?;
     standing.wait().map_err(Error::system("stand before the container's root"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;

@@ -397,7 +397,6 @@ async fn boot(
         exports,
         hostname: hostname.unwrap_or_default(),
         user_namespace: None,
-        late_network: true,
         log: options.log.clone(),
         console: options.console.clone(),
         cgroup: Some(cgroup.clone()),

@@ -80,8 +80,6 @@ pub struct Config {
     pub hostname: String,
     /// The mappings of the user namespace that is the containers', if they have one.
     pub user_namespace: Option<IdMappings>,
-    /// Whether interfaces may come between the boot and the start of what is to run.
-    pub late_network: bool,
     /// Where helpers of this program log.
     pub log: log::Options,
     /// Where the guest's console goes.
@@ -150,12 +148,7 @@ impl Sandbox {
             let tap = network::attach(interface, network.resolver).await?;
             nics.push(Nic { tap: tap.fd, mac: network::device_mac(index) });
         }
-        let (mut spares, mut ends) = (Spares::default(), Vec::new());
-        if config.late_network && network.interfaces.is_empty() {
-            (spares, ends) = Spares::make(config.vm.needs_qemu(accelerator))?;
-        }
-        let spare_nics = ends.into_iter().enumerate();
-        let spare_nics = spare_nics.map(|(index, tap)| Nic { tap, mac: network::device_mac(index) }).collect();
+        let (spares, spare_nics) = spare_nics(nics.len(), config.vm.needs_qemu(accelerator))?;
         log::stage("taps made");
         let backend = config.vm.backend(accelerator);
         let vm = backend.boot(Machine {
@@ -259,6 +252,20 @@ impl Sandbox {
     pub async fn ended(&mut self) -> String {
         self.vm.ended().await
     }
+}
+
+/// What a machine with so many interfaces has for those that come after its boot: none, if there are some already. They
+/// are taps at once for a VMM that looks.
+///
+/// # Errors
+/// Where there is no /dev/net/tun.
+pub fn spare_nics(interfaces: usize, taps: bool) -> Result<(Spares, Vec<Nic>), NetworkError> {
+    if interfaces > 0 {
+        return Ok(Default::default());
+    }
+    let (spares, ends) = Spares::make(taps)?;
+    let nics = ends.into_iter().enumerate().map(|(index, tap)| Nic { tap, mac: network::device_mac(index) });
+    Ok((spares, nics.collect()))
 }
 
 /// What a guest can be given of interfaces that come after its boot.

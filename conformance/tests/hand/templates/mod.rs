@@ -247,6 +247,10 @@ fn list_create_and_remove(h: &Hand) -> Result<Outcome> {
 
     let ran = templates.run_as(&bundle, |cmd| cmd.env("RUNVM_TEMPLATE", "require"))?;
     ran.expect_forked()?;
+    let of_these = format!("--template require --template-dir {}", templates.folder.display());
+    let created = bundle.in_background(&format!("{of_these} create"))?;
+    expect_equal("what create says", (created.code, created.stderr.as_str()), (0, ""))?;
+    bundle.call("delete --force").ok()?;
     templates.call("remove").arg(&key).ok()?;
     templates.expect_only(&[])?;
     for name in [key.as_str(), "../templates", ""] {
