@@ -1,8 +1,9 @@
 //! A process's stdio as containerd names it: fifos, files, programs that log, and streams of the shim's own.
 //!
-//! A fifo of output is held open for reading, too, so that nobody is waited for: its reader may come late, go, and come
-//! again, and what was written meanwhile is there. One of input is held open for writing until `CloseIO`, so that it does
-//! not end with the first client that leaves.
+//! A fifo of output is opened once its reader has come: whoever opens one for reading after its last writer has left waits
+//! for ever, and engines open theirs while the process may already be at its end. From then on it is held open for reading,
+//! too: its reader may go and come again, and what was written meanwhile is there. One of input is held open for writing
+//! until `CloseIO`, so that it does not end with the first client that leaves.
 
 mod logger;
 
@@ -10,19 +11,26 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
 use runvm::agent::{Descriptors, Sink};
 use runvm::host::terminal::Size;
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use thiserror::Error;
 use tokio::net::unix::pipe;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 use crate::streams::{Claim, OpenInput, StreamError, Streams};
 
 use logger::Program;
 
 pub use logger::{Logger, LoggerError};
+
+/// How long the reader of an output is waited for before the process begins without one.
+const READER_LIMIT: Duration = Duration::from_secs(10);
 
 /// What containerd names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -92,7 +100,8 @@ impl Stdio {
             let path = Path::new(&self.stdin);
             let input = pipe::OpenOptions::new().open_receiver(path);
             opened.descriptors.stdin = Some(Box::new(input.map_err(open_error(path))?));
-            opened.stdin = Some(OpenStdin::Fifo(hold_for_writing(path).map_err(open_error(path))?));
+            // Its reader is the one above.
+            opened.stdin = Some(OpenStdin::Fifo(open_for_writing(path).map_err(open_error(path))?));
         }
         let stderr = if self.terminal { "" } else { self.stderr.as_str() };
         match Output::parse(&self.stdout)? {
@@ -108,8 +117,8 @@ impl Stdio {
                 opened.descriptors.stderr = (!self.terminal).then(|| append(&path, true)).transpose()?;
             }
             stdout => {
-                opened.descriptors.stdout = stdout.open(streams, &mut opened.claims)?;
-                opened.descriptors.stderr = Output::parse(stderr)?.open(streams, &mut opened.claims)?;
+                opened.descriptors.stdout = stdout.open(streams, &mut opened.claims).await?;
+                opened.descriptors.stderr = Output::parse(stderr)?.open(streams, &mut opened.claims).await?;
             }
         }
         Ok(opened)
@@ -147,7 +156,7 @@ impl Output {
         }
     }
 
-    fn open(&self, streams: &Streams, claims: &mut Vec<Claim>) -> Result<Option<Sink>, StdioError> {
+    async fn open(&self, streams: &Streams, claims: &mut Vec<Claim>) -> Result<Option<Sink>, StdioError> {
         match self {
             Self::Stream(address) => {
                 let stream = streams.named(address).ok_or_else(|| StdioError::Scheme(address.clone()))?;
@@ -156,8 +165,7 @@ impl Output {
                 Ok(Some(sink))
             }
             Self::Path(path) if is_fifo(path) => {
-                let fifo = pipe::OpenOptions::new().read_write(true).open_sender(path);
-                Ok(Some(Box::new(fifo.map_err(open_error(path))?)))
+                Ok(Some(Box::new(open_to_reader(path).await.map_err(open_error(path))?)))
             }
             Self::Path(path) => append(path, false).map(Some),
             Self::File(path) => append(path, true).map(Some),
@@ -184,8 +192,31 @@ fn is_fifo(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo())
 }
 
-/// It does not wait for a reader, as there is one already.
-fn hold_for_writing(fifo: &Path) -> io::Result<File> {
+/// Opens a fifo that has a reader, or that none comes for in time.
+async fn open_to_reader(fifo: &Path) -> io::Result<pipe::Sender> {
+    // As long as this is open the reader does not find the last writer gone.
+    let first = match open_for_writing(fifo) {
+        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+            let path = fifo.to_owned();
+            let opening = spawn_blocking(move || OpenOptions::new().write(true).open(path));
+            match timeout(READER_LIMIT, opening).await {
+                Ok(opened) => Some(opened??),
+                Err(_) => {
+                    // What follows is what ends the thread's waiting.
+                    tracing::warn!("nobody reads {}", fifo.display());
+                    None
+                }
+            }
+        }
+        opened => Some(opened?),
+    };
+    let fifo = pipe::OpenOptions::new().read_write(true).open_sender(fifo);
+    drop(first);
+    fifo
+}
+
+/// Opens a fifo that has a reader; an error where it has none.
+fn open_for_writing(fifo: &Path) -> io::Result<File> {
     let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or(0);
     OpenOptions::new().write(true).custom_flags(flags).open(fifo)
 }
@@ -206,7 +237,7 @@ fn open_error(path: &Path) -> impl FnOnce(io::Error) -> StdioError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read as _, Write as _};
+    use std::io::Write as _;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     #[test]
@@ -229,22 +260,61 @@ mod tests {
         path.to_str().unwrap().to_owned()
     }
 
+    async fn open(stdout: &str) -> Opened {
+        let stdio = Stdio { stdout: stdout.to_owned(), ..Stdio::default() };
+        stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap()
+    }
+
     #[tokio::test]
-    async fn a_reader_of_a_fifo_may_come_late_and_again() {
+    async fn a_reader_that_comes_after_the_end_finds_all() {
         let folder = tempfile::tempdir().unwrap();
-        let stdio = Stdio { stdout: fifo(folder.path(), "out"), ..Stdio::default() };
-        let mut opened = stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap();
+        let path = fifo(folder.path(), "out");
+        let writing = tokio::spawn({
+            let path = path.clone();
+            async move {
+                let mut opened = open(&path).await;
+                opened.descriptors.stdout.as_mut().unwrap().write_all(b"all").await.unwrap();
+            }
+        });
+        tokio::task::yield_now().await;
+        let read = spawn_blocking(|| std::fs::read(path)).await.unwrap().unwrap();
+        writing.await.unwrap();
+        assert_eq!(read, b"all");
+    }
+
+    #[tokio::test]
+    async fn a_reader_of_a_fifo_may_go_and_come_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = fifo(folder.path(), "out");
+        let reader = || pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let first = reader();
+        let mut opened = open(&path).await;
+        drop(first);
         let out = opened.descriptors.stdout.as_mut().unwrap();
-        out.write_all(b"early").await.unwrap();
-        let read = |expected: &'static [u8]| {
-            let mut reader = File::open(&stdio.stdout).unwrap();
-            let mut bytes = vec![0; expected.len()];
-            reader.read_exact(&mut bytes).unwrap();
-            assert_eq!(bytes, expected);
-        };
-        read(b"early");
-        out.write_all(b"late").await.unwrap();
-        read(b"late");
+        for text in [b"early", b"later"] {
+            out.write_all(text).await.unwrap();
+            let mut bytes = [0; 5];
+            reader().read_exact(&mut bytes).await.unwrap();
+            assert_eq!(&bytes, text);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_begins_also_without_a_reader() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = fifo(folder.path(), "out");
+        let opening = tokio::spawn({
+            let path = path.clone();
+            async move { open(&path).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!opening.is_finished());
+        tokio::time::advance(READER_LIMIT).await;
+        let mut opened = opening.await.unwrap();
+        opened.descriptors.stdout.as_mut().unwrap().write_all(b"some").await.unwrap();
+        let mut bytes = [0; 4];
+        pipe::OpenOptions::new().open_receiver(&path).unwrap().read_exact(&mut bytes).await.unwrap();
+        assert_eq!(&bytes, b"some");
     }
 
     #[tokio::test]
