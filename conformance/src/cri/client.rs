@@ -1,5 +1,6 @@
 //! The CRI's client, for callers that wait.
 
+use std::panic::Location;
 use std::path::Path;
 use std::time::Duration;
 
@@ -30,19 +31,21 @@ impl Client {
     }
 
     /// Calls the runtime service; an error is the server's, with its code before its sentence.
+    #[track_caller]
     pub fn call<T>(
         &self,
         rpc: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<Response<T>, Status>,
     ) -> Result<T> {
-        self.wait(rpc(RuntimeServiceClient::new(self.channel.clone())))
+        self.wait(Location::caller(), rpc(RuntimeServiceClient::new(self.channel.clone())))
     }
 
     /// Calls the image service likewise.
+    #[track_caller]
     pub fn call_images<T>(
         &self,
         rpc: impl AsyncFnOnce(ImageServiceClient<Channel>) -> Result<Response<T>, Status>,
     ) -> Result<T> {
-        self.wait(rpc(ImageServiceClient::new(self.channel.clone())))
+        self.wait(Location::caller(), rpc(ImageServiceClient::new(self.channel.clone())))
     }
 
     /// Waits for the next message of a stream, at most for `limit`; `None` is its end.
@@ -51,11 +54,11 @@ impl Client {
         Ok(self.runtime.block_on(next).context("no message came")??)
     }
 
-    fn wait<T>(&self, answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
+    fn wait<T>(&self, caller: &Location<'_>, answer: impl Future<Output = Result<Response<T>, Status>>) -> Result<T> {
         match self.runtime.block_on(async { tokio::time::timeout(LIMIT, answer).await }) {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(anyhow!("{:?}: {}", status.code(), status.message())),
-            Err(_) => bail!("the CRI server gave no answer within {LIMIT:?}"),
+            Err(_) => bail!("the CRI server gave no answer within {LIMIT:?} to {caller}"),
         }
     }
 }

@@ -29,6 +29,8 @@ pub enum Release {
     Installed,
     /// 1.7.
     Trixie,
+    /// The same with its experimental server, which leaves the making of runvm's pods to its shim (the Sandbox API).
+    TrixieBySandbox,
     /// 2.x.
     Sid,
     /// The same, which leaves the making of runvm's pods to its shim (the Sandbox API): they have no container of their own.
@@ -37,13 +39,14 @@ pub enum Release {
 
 impl Release {
     /// All of them, the oldest first.
-    pub const ALL: [Self; 4] = [Self::Installed, Self::Trixie, Self::Sid, Self::SidBySandbox];
+    pub const ALL: [Self; 5] = [Self::Installed, Self::Trixie, Self::TrixieBySandbox, Self::Sid, Self::SidBySandbox];
 
     /// The name by which the suite reports on it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Installed => "containerd-1.6",
             Self::Trixie => "containerd-1.7",
+            Self::TrixieBySandbox => "containerd-1.7-sandbox",
             Self::Sid => "containerd-2",
             Self::SidBySandbox => "containerd-2-sandbox",
         }
@@ -53,7 +56,7 @@ impl Release {
     fn programs(self) -> Result<PathBuf> {
         let release = match self {
             Self::Installed => return Ok(PathBuf::from("/usr/bin")),
-            Self::Trixie => "trixie",
+            Self::Trixie | Self::TrixieBySandbox => "trixie",
             Self::Sid | Self::SidBySandbox => "sid",
         };
         Ok(image::later(release, &["containerd"])?.join("usr/bin"))
@@ -107,6 +110,10 @@ impl Engine {
             .env("PATH", path)
             .arg("--config")
             .arg(self.folder.join("config.toml"));
+        let daemon = match self.release {
+            Release::TrixieBySandbox => daemon.env("ENABLE_CRI_SANDBOXES", "sandboxed"),
+            _ => daemon,
+        };
         let daemon = Daemon::start(daemon, &self.folder.join("log"), || self.ctr().arg("version"))?;
         let mut place = self.daemon.lock().unwrap_or_else(PoisonError::into_inner);
         let daemon = place.insert(daemon);
@@ -199,8 +206,11 @@ default_runtime_name = "runc"
     let in_two_networks = format!("cni_conf_dir = {two:?}\ncni_max_conf_num = 2\n");
     let judge = format!("BinaryName = {:?}\n", judge.program());
     // Stdio by the shim's own streams goes with the Sandbox API: its address is the sandbox's.
-    let by_sandbox = "sandboxer = \"shim\"\nio_type = \"streaming\"\n";
-    let sandboxer = if release == Release::SidBySandbox { by_sandbox } else { "" };
+    let sandboxer = match release {
+        Release::SidBySandbox => "sandboxer = \"shim\"\nio_type = \"streaming\"\n",
+        Release::TrixieBySandbox => "sandbox_mode = \"shim\"\n",
+        _ => "",
+    };
     let handlers = [
         handler("runc", "io.containerd.runc.v2", "", &judge),
         handler("runc-in-two-networks", "io.containerd.runc.v2", &in_two_networks, &judge),
