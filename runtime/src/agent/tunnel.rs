@@ -83,9 +83,13 @@ async fn serve(listener: UnixListener, channel: Arc<dyn Channel>, places: Arc<Se
         let Ok(place) = places.clone().acquire_owned().await else { return };
         let channel = channel.clone();
         tokio::spawn(async move {
-            if let Ok(mut stream) = channel.open().await {
-                // An end of either side ends both, which is all there is to know of it.
-                let _ = tokio::io::copy_bidirectional_with_sizes(&mut connection, &mut stream, 65_536, 65_536).await;
+            match channel.open().await {
+                Ok(mut stream) => {
+                    // An end of either side ends both, which is all there is to know of it.
+                    let _ = tokio::io::copy_bidirectional_with_sizes(&mut connection, &mut stream, 65_536, 65_536).await;
+                }
+                // The verb finds its connection closed.
+                Err(error) => tracing::warn!("no stream to the guest for a verb: {error}"),
             }
             drop(place);
         });
