@@ -86,7 +86,8 @@ async fn serve(listener: UnixListener, channel: Arc<dyn Channel>, places: Arc<Se
             match channel.open().await {
                 Ok(mut stream) => {
                     // An end of either side ends both, which is all there is to know of it.
-                    let _ = tokio::io::copy_bidirectional_with_sizes(&mut connection, &mut stream, 65_536, 65_536).await;
+                    let _ =
+                        tokio::io::copy_bidirectional_with_sizes(&mut connection, &mut stream, 65_536, 65_536).await;
                 }
                 // The verb finds its connection closed.
                 Err(error) => tracing::warn!("no stream to the guest for a verb: {error}"),

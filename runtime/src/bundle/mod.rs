@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use crate::host::user_namespace::IdMappings;
 
-pub use namespaces::NetworkNamespace;
+pub use namespaces::{NetworkNamespace, PodWishes};
 pub use split::{GuestSpec, guest_path, split};
 pub use unsupported::remark;
 

@@ -99,20 +99,46 @@ fn check_network(bundle: &Bundle) -> Result<(), BundleError> {
     }
 }
 
-/// Refuses a pod that wants to be among the host's processes, or other users than the host's.
-fn check_of_pod(bundle: &Bundle) -> Result<(), BundleError> {
-    for (kind, word) in [(LinuxNamespaceType::Pid, "hostPID"), (LinuxNamespaceType::Ipc, "hostIPC")] {
-        if !has(&bundle.spec, kind) {
-            let problem = format!("has no {kind} namespace (`{word}`): a pod in a VM cannot use the host's");
-            return Err(bundle.field("linux.namespaces", problem));
+/// What a pod asks for beyond the namespaces that its VM has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodWishes {
+    /// To be among the host's processes.
+    pub host_pid: bool,
+    /// The host's System V objects and message queues.
+    pub host_ipc: bool,
+    /// Other users than the host's.
+    pub own_users: bool,
+}
+
+impl PodWishes {
+    /// Refuses those that a VM cannot grant.
+    ///
+    /// # Errors
+    /// Why, as the rest of a sentence about the pod.
+    pub fn check(self) -> Result<(), String> {
+        for (wished, kind, word) in [(self.host_pid, "pid", "hostPID"), (self.host_ipc, "ipc", "hostIPC")] {
+            if wished {
+                return Err(format!("has no {kind} namespace (`{word}`): a pod in a VM cannot use the host's"));
+            }
+        }
+        match self.own_users {
+            true => Err(
+                "asks for a user namespace (`hostUsers: false`), which the containers of a pod in a VM have none of: \
+                         leave it out"
+                    .to_owned(),
+            ),
+            false => Ok(()),
         }
     }
-    if has(&bundle.spec, LinuxNamespaceType::User) {
-        let problem = "asks for a user namespace (`hostUsers: false`), which the containers of a pod in a VM have none of: \
-                       leave it out";
-        return Err(bundle.field("linux.namespaces", problem));
-    }
-    Ok(())
+}
+
+fn check_of_pod(bundle: &Bundle) -> Result<(), BundleError> {
+    let wishes = PodWishes {
+        host_pid: !has(&bundle.spec, LinuxNamespaceType::Pid),
+        host_ipc: !has(&bundle.spec, LinuxNamespaceType::Ipc),
+        own_users: has(&bundle.spec, LinuxNamespaceType::User),
+    };
+    wishes.check().map_err(|problem| bundle.field("linux.namespaces", problem))
 }
 
 /// Refuses the lack of a namespace that a guest needs.

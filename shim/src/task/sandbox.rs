@@ -10,7 +10,7 @@ use containerd_shim_protos::sandbox_api::{CreateSandboxRequest, SandboxStatusRes
 use oci_spec::runtime::Spec;
 use protobuf::Message as _;
 use protobuf::well_known_types::any::Any;
-use runvm::bundle::NetworkNamespace;
+use runvm::bundle::{NetworkNamespace, PodWishes};
 use runvm::error::sentence;
 use runvm::monitor::KILLED;
 use runvm::pod::{Empty, Pod};
@@ -240,23 +240,14 @@ impl Limits {
     }
 }
 
-/// Refuses a pod that wants to be among the host's processes, or other users than the host's.
 fn check(config: &PodSandboxConfig) -> Result<()> {
-    let refused = |problem: String| Err(Error::Request { field: "the pod", problem });
     let namespaces = &config.linux.security_context.namespace_options;
-    for (mode, kind, word) in [(namespaces.pid, "pid", "hostPID"), (namespaces.ipc, "ipc", "hostIPC")] {
-        if mode == NamespaceMode::NODE.into() {
-            return refused(format!("has no {kind} namespace (`{word}`): a pod in a VM cannot use the host's"));
-        }
-    }
-    match namespaces.userns_options.as_ref() {
-        Some(users) if users.mode == NamespaceMode::POD.into() => refused(
-            "asks for a user namespace (`hostUsers: false`), which the containers of a pod in a VM have none of: leave \
-             it out"
-                .to_owned(),
-        ),
-        _ => Ok(()),
-    }
+    let wishes = PodWishes {
+        host_pid: namespaces.pid == NamespaceMode::NODE.into(),
+        host_ipc: namespaces.ipc == NamespaceMode::NODE.into(),
+        own_users: namespaces.userns_options.as_ref().is_some_and(|users| users.mode == NamespaceMode::POD.into()),
+    };
+    wishes.check().map_err(|problem| Error::Request { field: "the pod", problem })
 }
 
 fn pod_config(options: &Any) -> Result<Option<PodSandboxConfig>> {
