@@ -3,6 +3,7 @@
 mod cgroup;
 mod clocks;
 mod company;
+mod connection;
 mod copy_up;
 mod create;
 mod delegation;
@@ -21,26 +22,24 @@ mod sysctl;
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use libcontainer::oci_spec::runtime::{LinuxMemory, Process as ProcessSpec, Spec};
+use libcontainer::oci_spec::runtime::{LinuxMemory, Spec};
 use runvm_protocol::agent;
-use rustix::fs::{Gid, Uid};
 use rustix::process::Pid;
 use rustix::thread::ThreadNameSpaceType;
 
 use self::cgroup::Cgroup;
 use self::company::Company;
+use self::connection::Connection;
 use self::create::Starter;
 use self::exec::{Door, Visitor};
 use self::nodes::Nodes;
-use self::process::{Files, Stdio};
 use self::spec::{GuestSpec, SpecError};
 use crate::error::RequestError;
 use crate::reaper::{Exit, Reaper};
-use crate::stdio::{Attached, HeldStreams, Owner, Pipes, Streams, Terminal, hang_up, window};
+use crate::stdio::{Attached, HeldStreams, Streams, window};
 use crate::sync::lock;
 use crate::user_namespace::UserNamespace;
 use crate::{log, sandbox};
@@ -171,22 +170,13 @@ impl Containers {
         spec: &Spec,
         company: &Company,
         stdio: &agent::Stdio,
-        mut streams: Streams,
+        streams: Streams,
     ) -> Result<(Process, Starter), RequestError> {
         let process = spec.process().clone().unwrap_or_default();
-        let owner = owner_of(&process, company.user_namespace());
-        let preserved = preserve(&mut streams, owner)?;
-        if process.terminal().unwrap_or_default() {
-            let files = Files { stdio: Stdio::Terminal(size_of(stdio, &process)), preserved };
-            let created = create::create(&self.reaper, id, cgroup, spec, company, files).await?;
-            let process = adopt_terminal(streams, created.init, &created.exit, created.master)?;
-            return Ok((process, created.starter));
-        }
-        let (pipes, ends) = pipes_for(&streams, owner)?;
-        let files = Files { stdio: Stdio::Pipes(ends), preserved };
+        let (files, connection) = Connection::prepare(&process, company.user_namespace(), stdio, streams)?;
         let created = create::create(&self.reaper, id, cgroup, spec, company, files).await?;
-        let attached = |streams| Attached::pipes(streams, pipes, &created.exit);
-        Ok((adopt(streams, created.init, &created.exit, attached)?, created.starter))
+        let process = connection.adopt(created.init, &created.exit, created.master)?;
+        Ok((process, created.starter))
     }
 
     /// Runs the container's program.
@@ -313,21 +303,12 @@ impl Containers {
         container: &Container,
         visitor: &Visitor,
         stdio: &agent::Stdio,
-        mut streams: Streams,
+        streams: Streams,
     ) -> Result<Process, RequestError> {
         let Container { door, user_namespace, .. } = container;
-        let process = &visitor.process;
-        let owner = owner_of(process, user_namespace.as_ref());
-        let preserved = preserve(&mut streams, owner)?;
-        if process.terminal().unwrap_or_default() {
-            let files = Files { stdio: Stdio::Terminal(size_of(stdio, process)), preserved };
-            let entered = exec::enter(&self.reaper, door, visitor, files).await?;
-            return adopt_terminal(streams, entered.pid, &entered.exit, entered.master);
-        }
-        let (pipes, ends) = pipes_for(&streams, owner)?;
-        let files = Files { stdio: Stdio::Pipes(ends), preserved };
+        let (files, connection) = Connection::prepare(&visitor.process, user_namespace.as_ref(), stdio, streams)?;
         let entered = exec::enter(&self.reaper, door, visitor, files).await?;
-        adopt(streams, entered.pid, &entered.exit, |streams| Attached::pipes(streams, pipes, &entered.exit))
+        connection.adopt(entered.pid, &entered.exit, entered.master)
     }
 
     /// Sends a signal to one process, or to all of the container.
@@ -449,64 +430,6 @@ impl Process {
             _ => Err(RequestError::system("signal the process")(std::io::Error::last_os_error())),
         }
     }
-}
-
-/// Connects a new process to the host.
-fn adopt(
-    mut streams: Streams,
-    pid: Pid,
-    exit: &Exit,
-    attach: impl FnOnce(Streams) -> std::io::Result<Attached>,
-) -> Result<Process, RequestError> {
-    let lifeline = streams.lifeline.take();
-    let attached = streams.attach_preserved(exit).and_then(|()| attach(streams));
-    let attached = attached.map_err(RequestError::system("connect the process"))?;
-    let process = Process { pid, exit: exit.clone(), attached };
-    if let Some(lifeline) = lifeline {
-        let process = process.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = hang_up(lifeline) => {
-                    let _ = process.signal(libc::SIGKILL);
-                }
-                _ = process.exit.status() => {}
-            }
-        });
-    }
-    Ok(process)
-}
-
-fn adopt_terminal(streams: Streams, pid: Pid, exit: &Exit, master: Option<OwnedFd>) -> Result<Process, RequestError> {
-    let terminal = master.map(Terminal::new).transpose();
-    let terminal = terminal.map_err(RequestError::system("use the terminal"))?.ok_or(RequestError::NoTerminal)?;
-    adopt(streams, pid, exit, |streams| Ok(Attached::terminal(streams, terminal, exit)))
-}
-
-/// Who owns what a process gets.
-fn owner_of(process: &ProcessSpec, user_namespace: Option<&Arc<UserNamespace>>) -> Owner {
-    let user = (process.user().uid(), process.user().gid());
-    // That a user namespace does not have the user is for the process to say.
-    let outside = user_namespace.and_then(|namespace| namespace.outside(user.0, user.1));
-    let (uid, gid) = outside.unwrap_or(user);
-    (Uid::from_raw(uid), Gid::from_raw(gid))
-}
-
-fn pipes_for(streams: &Streams, owner: Owner) -> Result<(Pipes, crate::stdio::ChildEnds), RequestError> {
-    Pipes::new(streams, owner).map_err(RequestError::system("make the process's pipes"))
-}
-
-fn preserve(streams: &mut Streams, owner: Owner) -> Result<Vec<OwnedFd>, RequestError> {
-    streams.connect_preserved(owner).map_err(RequestError::system("make the process's descriptors"))
-}
-
-/// The first size of a terminal: the host's terminal's, else the specification's.
-fn size_of(stdio: &agent::Stdio, process: &ProcessSpec) -> Option<rustix::termios::Winsize> {
-    if stdio.terminal_rows != 0 && stdio.terminal_columns != 0 {
-        return Some(window(stdio.terminal_rows, stdio.terminal_columns));
-    }
-    let size = process.console_size()?;
-    let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
-    (size.height() != 0 && size.width() != 0).then(|| window(number(size.height()), number(size.width())))
 }
 
 /// Identifiers are names of files and cgroups.
