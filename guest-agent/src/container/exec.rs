@@ -170,5 +170,5 @@ fn become_program(door: &Door, process: &Process, files: &Files, reports: &Repor
     rustix::process::setsid().map_err(failed("start a session"))?;
     process::connect(files, reports.console.as_fd(), process, false)?;
     process::settle(process, door.seccomp.as_ref())?;
-    program::run(process)
+    program::run(&program::find(process)?, process)
 }

@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use libcontainer::container::{ContainerStatus, State};
 use libcontainer::hooks;
@@ -80,13 +80,13 @@ pub(super) fn live(id: &str, spec: &Spec, company: &Company, files: &Files, rein
 
 /// The same, of one that has its limits and clocks.
 pub(super) fn live_within(id: &str, spec: &Spec, company: &Company, files: &Files, reins: &Reins) -> i32 {
-    let process = match prepare(spec, company, files, &reins.console) {
-        Ok(process) => process,
+    let ready = match prepare(spec, company, files, &reins.console) {
+        Ok(ready) => ready,
         Err(sentence) => return tell(&reins.report, &sentence),
     };
     tell(&reins.report, &READY);
     let_go(&reins.report);
-    match run(id, spec, process, &reins.go) {
+    match run(id, spec, &ready, &reins.go) {
         Err(sentence) => {
             // The engine has been told that the container runs: its user finds the reason in the container's output.
             let _ = writeln!(io::stderr(), "{sentence}");
@@ -103,7 +103,10 @@ fn shift_clocks(spec: &Spec) -> Result<(), String> {
     spec.linux().as_ref().map_or(Ok(()), clocks::shift)
 }
 
-fn prepare<'a>(spec: &'a Spec, company: &Company, files: &Files, console: &OwnedFd) -> Result<&'a Process, String> {
+/// What is to run, and where its program was found: it is searched once, as by runc.
+type Ready<'a> = (&'a Process, PathBuf);
+
+fn prepare<'a>(spec: &'a Spec, company: &Company, files: &Files, console: &OwnedFd) -> Result<Ready<'a>, String> {
     let process = spec.process().as_ref().ok_or("process is missing")?;
     let linux = spec.linux().as_ref().ok_or("linux is missing")?;
     priority::set(process)?;
@@ -124,8 +127,7 @@ fn prepare<'a>(spec: &'a Spec, company: &Company, files: &Files, console: &Owned
     }
     rootfs::protect(spec, linux)?;
     process::settle(process, linux.seccomp().as_ref())?;
-    program::find(process)?;
-    Ok(process)
+    Ok((process, program::find(process)?))
 }
 
 /// What is left of the namespaces: that of cgroups, names, and parameters of the kernel that belong to one.
@@ -166,7 +168,7 @@ fn use_own_null() -> rustix::io::Result<()> {
 }
 
 /// Waits for the start, and becomes the program.
-fn run(id: &str, spec: &Spec, process: &Process, go: &OwnedFd) -> Result<Infallible, String> {
+fn run(id: &str, spec: &Spec, (process, program): &Ready<'_>, go: &OwnedFd) -> Result<Infallible, String> {
     let mut word = [0];
     if !matches!(rustix::io::read(go, &mut word), Ok(1)) {
         // The container is deleted, or the guest ends.
@@ -181,5 +183,5 @@ fn run(id: &str, spec: &Spec, process: &Process, go: &OwnedFd) -> Result<Infalli
         hooks::run_hooks(hooks.start_container().as_ref(), Some(&state), None, None, Some(&environment))
             .map_err(failed("run hooks.startContainer"))?;
     }
-    program::run(process)
+    program::run(program, process)
 }

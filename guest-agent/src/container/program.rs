@@ -21,9 +21,8 @@ const MAX_PASSWD: u64 = 4 << 20;
 /// The permissions of which a program has at least one.
 const ANY_EXECUTES: Mode = Mode::XUSR.union(Mode::XGRP).union(Mode::XOTH);
 
-/// Becomes the program.
-pub(super) fn run(process: &Process) -> Result<Infallible, String> {
-    let path = find(process)?;
+/// Becomes the process's program, which was found at this path.
+pub(super) fn run(path: &Path, process: &Process) -> Result<Infallible, String> {
     let arguments = process.args().iter().flatten();
     let failed = |error: &dyn fmt::Display| format!("exec {}: {error}", path.display());
     let program = CString::new(path.as_os_str().as_bytes()).map_err(|_| failed(&describe(Errno::INVAL)))?;
