@@ -8,6 +8,10 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 
 use crate::stdio::HostStream;
 
+/// How many streams may wait to be accepted: more than the host's device has. Those beyond it the kernel refuses, and fifty
+/// verbs at once open two hundred and fifty.
+const BACKLOG: i32 = 1024;
+
 /// Listens on the port.
 pub(crate) struct Listener(VsockListener);
 
@@ -15,7 +19,10 @@ impl Listener {
     /// Listens from now on.
     pub(crate) fn bind(port: u32) -> io::Result<Self> {
         // Whatever address the guest has, now or after it was restored in another machine.
-        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map(Self)
+        let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))?;
+        // It listens already, for 128.
+        rustix::net::listen(&listener, BACKLOG)?;
+        Ok(Self(listener))
     }
 
     /// The next stream that the host opens.

@@ -73,15 +73,6 @@ fn machine(c: &Cri, shim: &Process) -> Result<Vec<Process>> {
     Ok(machines)
 }
 
-fn signal(process: &Process, signal: Signal) -> Result<()> {
-    let pid = Pid::from_raw(process.pid).context("a process has a number")?;
-    match kill_process(pid, signal) {
-        // It may have ended with another.
-        Err(rustix::io::Errno::SRCH) | Ok(()) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
-}
-
 /// Waits until the engine has seen the end of these containers; which codes it tells.
 fn all_end(containers: &[Container<'_>]) -> Result<String> {
     let mut codes = Vec::new();
@@ -105,7 +96,7 @@ fn nothing_is_left(c: &Cri, pod: &Pod<'_>, containers: &[Container<'_>], process
     if c.runtime().is_runc() && matches!(c.engine().release(), Release::Sid | Release::SidBySandbox) {
         // containerd 2 leaves runc's shim, or what that ran, when the other has died; that is not for runvm to do as well.
         for process in Process::all()?.iter().filter(|process| is_one_of(process, processes)) {
-            signal(process, Signal::KILL)?;
+            process.signal(Signal::KILL)?;
         }
         clear_cgroup(pod)?;
         for id in containers.iter().map(|container| &container.id).chain([&pod.id]) {
@@ -147,7 +138,7 @@ fn kill_the_shim(c: &Cri, names: &[&str]) -> Result<Outcome> {
     let containers = names.iter().map(|name| pod.start(name, SLEEP)).collect::<Result<Vec<_>>>()?;
     let shim = shim(c, &pod)?;
     let processes = family(&shim)?;
-    signal(&shim, Signal::KILL)?;
+    shim.signal(Signal::KILL)?;
     all_end(&containers)?;
     pod_ends(&pod)?;
     nothing_is_left(c, &pod, &containers, &processes)?;
@@ -171,7 +162,7 @@ fn the_machine_is_killed(c: &Cri) -> Result<Outcome> {
     let shim = shim(c, &pod)?;
     let processes = family(&shim)?;
     for process in machine(c, &shim)? {
-        signal(&process, Signal::KILL)?;
+        process.signal(Signal::KILL)?;
     }
     let codes = all_end(&containers)?;
     pod_ends(&pod)?;
@@ -186,7 +177,7 @@ fn the_machine_is_stopped(c: &Cri) -> Result<Outcome> {
     let processes = family(&shim)?;
     // A guest that hangs is silent; so is one whose processors do not run.
     for process in machine(c, &shim)? {
-        signal(&process, Signal::STOP)?;
+        process.signal(Signal::STOP)?;
     }
     containers[0].stop(0)?;
     let code = containers[0].status()?.exit_code;
@@ -205,7 +196,7 @@ fn the_kernel_panics(c: &Cri) -> Result<Outcome> {
     if c.runtime().is_runc() {
         // The kernel would be this machine's: its processes end as they would if they had one of their own.
         for process in machine(c, &shim)? {
-            signal(&process, Signal::KILL)?;
+            process.signal(Signal::KILL)?;
         }
     } else {
         // No answer is to be expected of what does this.

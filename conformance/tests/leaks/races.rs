@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use conformance::bundle::{Bundle, Hand};
-use conformance::census::Census;
+use conformance::census::{Census, Process};
 use conformance::suite::expect_equal;
 use conformance::{Case, Cmd, Outcome, Output, case};
+use rustix::process::Signal;
 
 /// How many containers are created at once, and how many programs are run in one.
 const CONTAINERS: usize = 20;
@@ -26,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
     vec![
         case!(twenty_containers_at_once).alone(),
         case!(fifty_execs_at_once).alone(),
+        case!(execs_wait_for_a_machine).alone(),
         case!(execs_meet_the_end).alone(),
         case!(verbs_in_every_order).alone(),
         case!(verbs_at_once).alone(),
@@ -95,6 +97,34 @@ fn fifty_execs_at_once(h: &Hand) -> Result<Outcome> {
     bundle.call("delete --force").ok()?;
     before.expect_nothing_new()?;
     Ok(Outcome::new().see("execs", EXECS))
+}
+
+/// What serves the container stands still while a hundred execs come, each with several streams, and then finds them all.
+fn execs_wait_for_a_machine(h: &Hand) -> Result<Outcome> {
+    let before = Census::take()?;
+    let bundle = h.bundle("echo ready; sleep 1000")?;
+    bundle.start()?;
+    bundle.expect_written("ready")?;
+    let pid = bundle.state()?["pid"].as_i64().context("state has no pid")?;
+    let all = Process::all()?;
+    let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the container has no process")?;
+    let others: Vec<_> = first.family(&all).into_iter().filter(|process| process.pid != first.pid).collect();
+    let send = |signal| others.iter().try_for_each(|process| process.signal(signal));
+    let execs = (0..2 * EXECS).map(|number| bundle.exec("", "cat").input(format!("word-{number}\n")));
+    let outputs = thread::scope(|scope| {
+        send(Signal::STOP)?;
+        let execs = scope.spawn(|| at_once(execs));
+        thread::sleep(Duration::from_secs(1));
+        send(Signal::CONT)?;
+        join(execs)
+    })?;
+    for (number, output) in outputs.iter().enumerate() {
+        let said = (output.text(), output.stderr.trim(), output.code);
+        expect_equal("output of an exec", said, (&*format!("word-{number}"), "", 0))?;
+    }
+    bundle.call("delete --force").ok()?;
+    before.expect_nothing_new()?;
+    Ok(Outcome::new().see("execs", outputs.len()))
 }
 
 /// The container is killed from under its execs: each ends, whatever it was at.
