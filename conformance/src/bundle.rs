@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::census::Census;
+use crate::census::{Census, Process};
 use crate::command::{Cmd, Output, eventually};
 use crate::enclosure::Enclosure;
 use crate::image;
@@ -195,6 +195,14 @@ impl Bundle<'_> {
     pub fn state(&self) -> Result<Value> {
         let output = self.call("state").ok()?;
         serde_json::from_str(&output.stdout).with_context(|| format!("state printed {}", output.stdout))
+    }
+
+    /// The container's first process as the host sees it, and all that descend from it: it comes first.
+    pub fn family(&self) -> Result<Vec<Process>> {
+        let pid = self.state()?["pid"].as_i64().context("the state has a PID")?;
+        let all = Process::all()?;
+        let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the first process is there")?;
+        Ok(first.family(&all).into_iter().cloned().collect())
     }
 
     /// The status that `state` gives.

@@ -183,15 +183,13 @@ fn the_process_behind_it_is_confined(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle("echo ready; sleep 1000")?;
     bundle.start()?;
     bundle.expect_written("ready")?;
-    let pid = bundle.state()?["pid"].as_i64().context("the state has a PID")?;
-    let all = Process::all()?;
-    let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the first process is there")?;
+    let family = bundle.family()?;
     let exposed = if h.runtime().is_runc() {
-        first
+        family.first()
     } else {
-        let machine = first.family(&all).into_iter().find(|process| process.line.ends_with(" vm"));
-        machine.context("no process is the machine")?
+        family.iter().find(|process| process.line.ends_with(" vm"))
     };
+    let exposed = exposed.context("no process is the machine")?;
     let mut outcome = Outcome::new();
     for thread in fs::read_dir(format!("/proc/{}/task", exposed.pid))? {
         let thread = thread?.path();

@@ -34,14 +34,12 @@ impl Part {
     /// The process that is this part of a container. runc has but one for all of them.
     /// The built-in VMM serves files itself.
     fn of(self, h: &Hand, bundle: &Bundle) -> Result<Process> {
-        let all = Process::all()?;
-        let pid = bundle.state()?["pid"].as_i64().context("the state has a PID")?;
-        let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the first process is there")?;
+        let family = bundle.family()?;
+        let first = family.first().context("the first process is there")?;
         if h.runtime().is_runc() {
             return Ok(first.clone());
         }
-        let family = first.family(&all);
-        let part = family.into_iter().find(|process| match self {
+        let part = family.iter().find(|process| match self {
             Self::Monitor => process.pid == first.pid,
             Self::Vmm => process.name.starts_with("qemu") || is_builtin(process),
             Self::Files => process.line.contains("share-daemon") || is_builtin(process),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use conformance::bundle::{Bundle, Hand};
-use conformance::census::{Census, Process};
+use conformance::census::Census;
 use conformance::suite::expect_equal;
 use conformance::{Case, Cmd, Outcome, Output, case};
 use rustix::process::Signal;
@@ -105,11 +105,8 @@ fn execs_wait_for_a_machine(h: &Hand) -> Result<Outcome> {
     let bundle = h.bundle("echo ready; sleep 1000")?;
     bundle.start()?;
     bundle.expect_written("ready")?;
-    let pid = bundle.state()?["pid"].as_i64().context("state has no pid")?;
-    let all = Process::all()?;
-    let first = all.iter().find(|process| i64::from(process.pid) == pid).context("the container has no process")?;
-    let others: Vec<_> = first.family(&all).into_iter().filter(|process| process.pid != first.pid).collect();
-    let send = |signal| others.iter().try_for_each(|process| process.signal(signal));
+    let family = bundle.family()?;
+    let send = |signal| family.iter().skip(1).try_for_each(|process| process.signal(signal));
     let execs = (0..2 * EXECS).map(|number| bundle.exec("", "cat").input(format!("word-{number}\n")));
     let outputs = thread::scope(|scope| {
         send(Signal::STOP)?;
