@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
 
 use crate::error::{Error, Result};
 use crate::host::{descriptor, hooks};
-use crate::monitor::{Globals, KILL_SENT, connect, network, single_threaded};
+use crate::monitor::{self, Globals, KILL_SENT, single_threaded};
 use crate::state::{Container, Phase, Status};
 use pause::Guest;
 
@@ -29,17 +29,14 @@ pub use update::{limits_of_guest, update};
 /// Runs the program of a created container.
 ///
 /// # Errors
-/// [`Error::CannotStart`] where it is not created; the agent's.
+/// [`Error::CannotStart`] where it is not created; the monitor's.
 pub fn start(globals: &Globals, id: &str) -> Result<()> {
     let mut container = Container::open(&globals.root, id)?;
     match container.status() {
         Status::Created => {}
         status => return Err(Error::CannotStart(status)),
     }
-    single_threaded(async {
-        network::connect(container.dir()).await?;
-        Ok(connect(container.dir()).await?.start_container(id).await?)
-    })?;
+    single_threaded(monitor::start(container.dir()))?;
     container.record.phase = Phase::Running;
     container.save()?;
     let poststart = container.record.hooks.iter().filter_map(|hooks| hooks.poststart().as_ref()).flatten();

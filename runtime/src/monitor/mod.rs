@@ -6,7 +6,7 @@
 mod attend;
 mod handshake;
 mod launch;
-pub mod network;
+mod start;
 
 use std::future::Future;
 use std::io;
@@ -25,10 +25,12 @@ use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
 use crate::state::Container;
 use crate::vmm;
+use start::Start;
 
 pub use attend::{KILL_SENT, KILLED, Process, attend};
 pub use handshake::{Owner, PRESERVED, ToOwner};
 pub use launch::{Globals, Launched};
+pub use start::start;
 
 /// How long the end of a container waits for its execs to take their leave. They end with it: what can delay them is
 /// only who reads their output.
@@ -167,7 +169,9 @@ async fn run(
     };
     let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
     let tunnel = Tunnel::serve(listener, sandbox.channel(), sandbox.streams());
-    network::serve(&options.folder, sandbox.late_network.clone()).map_err(Error::system("listen for `start`"))?;
+    let start =
+        Start { id: options.id.clone(), agent: sandbox.agent.clone(), late_network: sandbox.late_network.clone() };
+    let starting = start.serve(&options.folder).map_err(Error::system("listen for `start`"))?;
     release_stdio().map_err(Error::system("release the stdio"))?;
     standing.wait().map_err(Error::system("stand before the container's root"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;
@@ -190,7 +194,8 @@ async fn run(
         },
         reason = sandbox.ended() => Err(SandboxError::Gone(reason).into()),
     };
-    if tokio::time::timeout(PARTING, let_part(&options.folder, &tunnel)).await.is_err() {
+    let parting = async { tokio::join!(starting.over(), let_part(&options.folder, &tunnel)) };
+    if tokio::time::timeout(PARTING, parting).await.is_err() {
         tracing::info!("an exec's output is not read: the container ends without waiting for it");
     }
     let exit = end?;
