@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
-use crate::log;
+use crate::{log, memory};
 
 /// In the words of clone(2); libc's own is too small for it.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -109,9 +109,17 @@ fn continue_as(forked: libc::c_long, work: impl FnOnce() -> i32) -> io::Result<P
     match i32::try_from(forked) {
         Ok(0) => {
             IS_CHILD.store(true, Ordering::Relaxed);
+            memory::settle_copy();
             exit(work())
         }
-        Ok(pid) => Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error),
+        Ok(pid) => {
+            let pid = Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error)?;
+            // A copy that has a copy is about to end.
+            if !is_child() {
+                memory::settle_again();
+            }
+            Ok(pid)
+        }
         Err(error) => Err(io::Error::other(error)),
     }
 }

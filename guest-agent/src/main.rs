@@ -11,6 +11,7 @@ mod dns;
 mod error;
 mod log;
 mod loopback;
+mod memory;
 mod network;
 mod readiness;
 mod reaper;
@@ -59,6 +60,7 @@ fn boot() -> Result<Infallible, Box<dyn Error>> {
     log::stage("agent main");
     boot::grant()?;
     boot::stay_on_one_processor()?;
+    memory::settle();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let reaper = Reaper::default();
