@@ -4,7 +4,7 @@ use tokio::io::{self, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// ttrpc: the service of `proto/agent.proto`.
 pub const CONTROL: u32 = 1024;
-/// One direction of a process's stdio: see [`name_stdio`].
+/// One direction of a process's stdio: see [`announce_stdio`].
 pub const STDIO: u32 = 1025;
 /// The agent's log, one JSON object a line, from the guest to the host.
 pub const LOG: u32 = 1026;
@@ -37,19 +37,19 @@ pub async fn announced(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u32>
     stream.read_u32().await
 }
 
-/// Gives a stdio stream, already announced, the key by which a later request names it, and waits until the
-/// agent holds it.
+/// Says of a new stream that it is for stdio, and the key by which a later request names it, and waits until the agent
+/// holds it. All is said in one piece: each is a packet to the guest, and an interrupt.
 ///
 /// # Errors
 /// `InvalidInput` for a key that is empty or longer than [`MAX_KEY`]; `ConnectionRefused` where the agent
 /// does not take the stream; those of the stream.
-pub async fn name_stdio(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), key: &str) -> io::Result<()> {
+pub async fn announce_stdio(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), key: &str) -> io::Result<()> {
     let length = u8::try_from(key.len()).ok().filter(|&length| length > 0 && usize::from(length) <= MAX_KEY);
     let Some(length) = length else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a stdio key has 1 to 128 bytes"));
     };
-    stream.write_u8(length).await?;
-    stream.write_all(key.as_bytes()).await?;
+    let said = [&STDIO.to_be_bytes(), &[length][..], key.as_bytes()].concat();
+    stream.write_all(&said).await?;
     stream.flush().await?;
     match stream.read_u8().await? {
         HELD => Ok(()),
@@ -105,10 +105,7 @@ mod tests {
     #[tokio::test]
     async fn a_stdio_stream_is_named_and_held() {
         let (mut host, mut guest) = io::duplex(256);
-        let named = tokio::spawn(async move {
-            announce(&mut host, STDIO).await?;
-            name_stdio(&mut host, "web/stdin").await
-        });
+        let named = tokio::spawn(async move { announce_stdio(&mut host, "web/stdin").await });
         assert_eq!(announced(&mut guest).await.unwrap(), STDIO);
         assert_eq!(stdio_key(&mut guest).await.unwrap(), "web/stdin");
         acknowledge_stdio(&mut guest).await.unwrap();
@@ -119,7 +116,7 @@ mod tests {
     async fn keys_out_of_bounds_are_refused_by_both_ends() {
         let (mut host, mut guest) = io::duplex(256);
         for key in ["", "k".repeat(MAX_KEY + 1).as_str()] {
-            let error = name_stdio(&mut host, key).await.unwrap_err();
+            let error = announce_stdio(&mut host, key).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         }
         for length in [0, MAX_KEY as u8 + 1] {

@@ -134,8 +134,8 @@ impl Agent {
     /// [`AgentError::Channel`]; [`AgentError::Silent`] where the agent does not take it in time.
     pub async fn open_stdio(&self, key: &str) -> Result<ByteStream> {
         let opening = async {
-            let mut stream = self.open(ports::STDIO).await?;
-            ports::name_stdio(&mut stream, key).await.map_err(AgentError::Channel)?;
+            let mut stream = self.channel.open().await.map_err(AgentError::Channel)?;
+            ports::announce_stdio(&mut stream, key).await.map_err(AgentError::Channel)?;
             Ok(stream)
         };
         match tokio::time::timeout(ANSWER_LIMIT, opening).await {
