@@ -45,15 +45,16 @@ fn memory_without_a_limit_is_shown_and_there(d: &Docker) -> Result<Outcome> {
 }
 
 fn a_container_killed_for_memory_says_so(d: &Docker) -> Result<Outcome> {
-    let container = d.start("--memory 64m --memory-swap 64m", &["tail", "-c", "300m", "/dev/zero"])?;
+    // runc's shim begins to look for kills a moment after the start.
+    let container = d.start_sh("--memory 64m --memory-swap 64m", "sleep 1; exec tail -c 300m /dev/zero")?;
     let code = container.wait()?;
     expect_equal("exit code", code, 137)?;
     Ok(Outcome::new().see("code", code).see("state", container.inspect("{{.State.OOMKilled}}")?))
 }
 
 fn an_oom_kill_of_a_child_is_told(d: &Docker) -> Result<Outcome> {
-    // Of a container that ends sooner than containerd is told of the kill, runc's is not known to have had one.
-    let script = "tail -c 300m /dev/zero; echo goes on; sleep 2; exit 5";
+    // And tells of them by another way than of the end.
+    let script = "sleep 1; tail -c 300m /dev/zero; echo goes on; sleep 2; exit 5";
     let container = d.start_sh("--memory 64m --memory-swap 64m", script)?;
     let code = container.wait()?;
     container.expect_log("goes on")?;
