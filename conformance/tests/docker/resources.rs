@@ -53,7 +53,7 @@ fn a_container_killed_for_memory_says_so(d: &Docker) -> Result<Outcome> {
 }
 
 fn an_oom_kill_of_a_child_is_told(d: &Docker) -> Result<Outcome> {
-    // And tells of them by another way than of the end.
+    // As above; and runc's shim tells of kills by another way than of the end, which is to be the later one.
     let script = "sleep 1; tail -c 300m /dev/zero; echo goes on; sleep 2; exit 5";
     let container = d.start_sh("--memory 64m --memory-swap 64m", script)?;
     let code = container.wait()?;
