@@ -1,7 +1,8 @@
 //! The requests, answered as a good agent would: a process runs until it gets a signal, and an exec's ends at once.
 
 use std::io::{self, Write as _};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
 
 use vsock::VsockStream;
 
@@ -9,6 +10,8 @@ use crate::Plan;
 use crate::fault::Fault;
 use crate::wire::{self, Request, bytes, number, number_field};
 
+/// The request that is answered when a process has ended.
+const WAIT: &str = "WaitProcess";
 /// The status of what an exec runs.
 const OF_EXECS: u64 = 7;
 
@@ -23,12 +26,13 @@ pub(crate) struct Control {
 
 impl Control {
     /// Answers on a stream until the host closes it, or the plan's place is reached.
-    pub(crate) fn serve(&self, mut stream: VsockStream, plan: &Plan) -> io::Result<()> {
+    pub(crate) fn serve(self: &Arc<Self>, mut stream: VsockStream, plan: &Plan) -> io::Result<()> {
         loop {
             let request = Request::read(&mut stream)?;
             if request.method == plan.place {
                 match plan.fault {
-                    Fault::Late(delay) => std::thread::sleep(delay),
+                    Fault::Silent => continue,
+                    Fault::Late(delay) => thread::sleep(delay),
                     // An answer of the right kind that is not true.
                     Fault::Lie => {
                         let lies = [number_field(1, u64::from(u32::MAX)), number_field(3, u64::MAX)].concat();
@@ -38,8 +42,15 @@ impl Control {
                     _ => return plan.fault.commit(&mut stream, request.stream),
                 }
             }
-            let answer = self.answer(&request);
-            stream.write_all(&wire::success(request.stream, &answer))?;
+            // The host goes on asking on the stream on which it waits.
+            let waits = request.method == WAIT;
+            let (control, mut stream) = (self.clone(), stream.try_clone()?);
+            let mut answer = move || stream.write_all(&wire::success(request.stream, &control.answer(&request)));
+            if waits {
+                thread::spawn(answer);
+            } else {
+                answer()?;
+            }
         }
     }
 
@@ -50,8 +61,8 @@ impl Control {
                 self.ended.notify_all();
                 Vec::new()
             }
-            "WaitProcess" if bytes(&request.body, 2).is_empty() => number_field(1, 128 + self.wait()),
-            "WaitProcess" => number_field(1, OF_EXECS),
+            WAIT if bytes(&request.body, 2).is_empty() => number_field(1, 128 + self.wait()),
+            WAIT => number_field(1, OF_EXECS),
             _ => Vec::new(),
         }
     }

@@ -111,7 +111,8 @@ impl Fault {
                 // To be heard takes somebody who listens.
                 while stream.read(&mut [0; PIECE])? > 0 {}
             }
-            Self::Close => return Ok(()),
+            // Another may have it too.
+            Self::Close => return stream.shutdown(Shutdown::Both),
             Self::Exit => std::process::exit(1),
             Self::Storm => storm(),
         }

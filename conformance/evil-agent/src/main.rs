@@ -65,7 +65,7 @@ fn serve() -> io::Result<()> {
     }
 }
 
-fn attend(mut stream: VsockStream, plan: &Plan, control: &Control) -> io::Result<()> {
+fn attend(mut stream: VsockStream, plan: &Plan, control: &Arc<Control>) -> io::Result<()> {
     let mut port = [0; 4];
     stream.read_exact(&mut port)?;
     match u32::from_be_bytes(port) {
