@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -59,13 +60,50 @@ impl Block {
     pub fn all(size: u64) -> impl Iterator<Item = Self> {
         (0..size.div_ceil(BLOCK) as u32).map(Self)
     }
+}
 
+/// In what a block is kept in a file, in bytes. The host keeps a file in memory in the pieces that it was written in, and may
+/// map all of one where a page of it is touched; it maps as much around it anyway (`fault_around_bytes`).
+pub const PIECE: usize = 64 << 10;
+
+/// A block that a file has something of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    /// Which.
+    pub block: Block,
+    /// A bit for each [`PIECE`] of the block, the lowest for the first. The others are zero.
+    pub pieces: u32,
+}
+
+impl Content {
     fn copy(self, memory: &Memory, file: &File) -> Result<(), MemoryError> {
-        let part = self.of(memory).ok_or(MemoryError::Block(self.0))?;
+        let wrong = || MemoryError::Block(self.block.0);
+        let part = self.block.of(memory).ok_or_else(wrong)?;
         // A large page takes the host's kernel milliseconds, in which nobody maps anything, a thread's stack for example,
         // if it is the kernel that comes to it first.
-        part.write_obj(0_u8, 0).map_err(|_| MemoryError::Block(self.0))?;
-        copy(&part, file, self.offset() as i64).map_err(MemoryError::File)
+        part.write_obj(0_u8, 0).map_err(|_| wrong())?;
+        for run in self.runs() {
+            let end = part.len().min(run.end);
+            let length = end.checked_sub(run.start).ok_or_else(wrong)?;
+            let part = part.subslice(run.start, length).map_err(|_| wrong())?;
+            copy(&part, file, self.block.offset() as i64 + run.start as i64).map_err(MemoryError::File)?;
+        }
+        Ok(())
+    }
+
+    /// The pieces that are there, as ranges of the block; successive ones are one.
+    fn runs(self) -> impl Iterator<Item = Range<usize>> {
+        let mut rest = u64::from(self.pieces);
+        let mut start = 0;
+        std::iter::from_fn(move || {
+            let skipped = (rest != 0).then(|| rest.trailing_zeros())?;
+            rest >>= skipped;
+            let count = rest.trailing_ones();
+            rest >>= count;
+            let first = start + skipped;
+            start = first + count;
+            Some(first as usize * PIECE..start as usize * PIECE)
+        })
     }
 }
 
@@ -118,15 +156,15 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     assemble(regions)
 }
 
-/// Memory that begins as these blocks of `file`; it is there once the [`Filling`] is complete. They are copied: a large page
+/// Memory that begins as this content of `file`; it is there once the [`Filling`] is complete. They are copied: a large page
 /// at once is quicker than many of its small ones whenever the guest comes to one.
 ///
 /// # Errors
 /// [`MemoryError`].
-pub fn from_file(size: u64, file: &File, blocks: &[Block]) -> Result<(Memory, Filling), MemoryError> {
+pub fn from_file(size: u64, file: &File, contents: &[Content]) -> Result<(Memory, Filling), MemoryError> {
     let memory = anonymous(size, true)?;
     let file = file.try_clone().map_err(MemoryError::File)?;
-    let work = Arc::new(Work { memory: memory.clone(), file, blocks: blocks.to_vec(), next: AtomicUsize::new(0) });
+    let work = Arc::new(Work { memory: memory.clone(), file, contents: contents.to_vec(), next: AtomicUsize::new(0) });
     let helper = thread::Builder::new().spawn({
         let work = work.clone();
         move || work.take_part()
@@ -171,14 +209,14 @@ impl Drop for Filling {
 struct Work {
     memory: Memory,
     file: File,
-    blocks: Vec<Block>,
+    contents: Vec<Content>,
     next: AtomicUsize,
 }
 
 impl Work {
     fn take_part(&self) -> Result<(), MemoryError> {
-        while let Some(block) = self.blocks.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            block.copy(&self.memory, &self.file)?;
+        while let Some(content) = self.contents.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            content.copy(&self.memory, &self.file)?;
         }
         Ok(())
     }
@@ -253,22 +291,26 @@ mod tests {
     fn memory_from_a_file_leaves_it_alone() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; 5 << 20]).unwrap();
-        let blocks = [0, 2].map(Block);
-        let filled = |size: u64, blocks: &[Block]| {
-            let (memory, filling) = from_file(size, &file, blocks)?;
+        let hole = 30;
+        let contents = [(0, !(1 << hole)), (2, u32::MAX >> 16)];
+        let contents = contents.map(|(block, pieces)| Content { block: Block(block), pieces });
+        let filled = |size: u64, contents: &[Content]| {
+            let (memory, filling) = from_file(size, &file, contents)?;
             filling.complete().map(|()| memory)
         };
-        let (one, other) = (filled(5 << 20, &blocks).unwrap(), filled(5 << 20, &blocks).unwrap());
+        let (one, other) = (filled(5 << 20, &contents).unwrap(), filled(5 << 20, &contents).unwrap());
         let read = |memory: &Memory, address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
-        for (address, value) in [(0, 1), ((2 << 20) - 1, 1), (2 << 20, 0), ((4 << 20) - 1, 0), ((5 << 20) - 1, 1)] {
+        let places = [(0, 1), ((2 << 20) - 1, 1), (2 << 20, 0), ((4 << 20) - 1, 0), ((5 << 20) - 1, 1)];
+        let (start, end) = (hole * PIECE as u64, (hole + 1) * PIECE as u64);
+        for (address, value) in places.into_iter().chain([(start - 1, 1), (start, 0), (end - 1, 0), (end, 1)]) {
             assert_eq!(read(&one, address), value, "at {address:#x}");
             one.write_obj(value + 1, GuestAddress(address)).unwrap();
             assert_eq!((read(&one, address), read(&other, address)), (value + 1, value), "at {address:#x}");
         }
-        assert!(matches!(filled(2 << 20, &blocks), Err(MemoryError::Block(2))));
+        assert!(matches!(filled(2 << 20, &contents), Err(MemoryError::Block(2))));
         file.set_len(4 << 20).unwrap();
-        assert!(matches!(filled(5 << 20, &blocks), Err(MemoryError::File(_))));
-        drop(from_file(5 << 20, &file, &blocks).unwrap());
+        assert!(matches!(filled(5 << 20, &contents), Err(MemoryError::File(_))));
+        drop(from_file(5 << 20, &file, &contents).unwrap());
     }
 
     #[test]

@@ -237,7 +237,7 @@ impl Machine {
         let saved = Saved {
             flavour: self.flavour,
             memory: memory::size(&self.memory),
-            blocks: snapshot::write_memory(&self.memory, &self.trimmed(), pages, memory)?,
+            contents: snapshot::write_memory(&self.memory, &self.trimmed(), pages, memory)?,
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: x86::state::save_vm(&self.vm)?,
             devices: self.bus.devices().map(|device| device.save()).collect::<Result<_, _>>()?,
@@ -264,7 +264,7 @@ impl Machine {
         }
         let vcpu_count = config.vcpus;
         let origin = Origin::of_template(saved.memory, memory)?;
-        let (memory, filling) = snapshot::read_memory(saved.memory, &saved.blocks, memory)?;
+        let (memory, filling) = snapshot::read_memory(saved.memory, &saved.contents, memory)?;
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {

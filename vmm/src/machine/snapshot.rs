@@ -1,8 +1,8 @@
 //! Machines in files: a machine at rest, written down so that another process can let it go on.
 //!
 //! Two files. The state file begins with [`MAGIC`], the version of the format, the length of the body in bytes and its
-//! CRC-32, each little endian; the body is the machine's processors and devices, and which blocks of its memory are not
-//! zero. The memory file is the guest's memory, region after region, with holes for the other blocks; clones never write
+//! CRC-32, each little endian; the body is the machine's processors and devices, and which pieces of its memory are not
+//! zero. The memory file is the guest's memory, region after region, with holes for the other pieces; clones never write
 //! to it. Whatever comes back from either is as untrusted as a guest.
 
 use std::collections::BTreeSet;
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
-use super::memory::{BLOCK, Block, Filling};
+use super::memory::{BLOCK, Block, Content, Filling, PIECE};
 use super::x86::state::{VcpuState, VmState};
 use super::{Flavour, MAX_VCPUS, memory};
 use crate::Memory;
@@ -22,7 +22,7 @@ use crate::virtio::transport::SavedTransport;
 
 const MAGIC: [u8; 8] = *b"RUNVM-VM";
 /// To be raised whenever the body's form or meaning changes.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const HEADER: usize = 24;
 /// No machine has more beside its memory.
 const MAX_BODY: u64 = 256 << 20;
@@ -30,10 +30,7 @@ const MAX_BODY: u64 = 256 << 20;
 const NO_MEMORY: &str = "its memory cannot be had";
 
 const PAGE: usize = 4096;
-/// The host keeps a file in memory in the pieces that it was written in, and may map all of one where a page of it is
-/// touched; it maps as much around it anyway (`fault_around_bytes`).
-const PIECE: usize = 64 << 10;
-const ZERO: [u8; PAGE] = [0; PAGE];
+static ZERO: [u8; PIECE] = [0; PIECE];
 
 /// A machine at rest, without its memory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,8 +38,8 @@ pub(super) struct Saved {
     pub flavour: Flavour,
     /// In bytes.
     pub memory: u64,
-    /// Those of its blocks that the memory file holds.
-    pub blocks: Vec<Block>,
+    /// What the memory file has of it.
+    pub contents: Vec<Content>,
     pub vcpus: Vec<VcpuState>,
     pub vm: VmState,
     pub devices: Vec<SavedTransport>,
@@ -151,18 +148,23 @@ fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
-/// Writes memory into an empty file, and tells which blocks: all that are not zero. Those that were `trimmed` may be there
-/// although no page of theirs is.
+/// Writes memory into an empty file, and tells what: all that is not zero. Blocks that were `trimmed` may be there although
+/// no page of theirs is.
 pub(super) fn write_memory(
     memory: &Memory,
     trimmed: &BTreeSet<Block>,
     pages: &PageMap,
     file: &File,
-) -> Result<Vec<Block>, SnapshotError> {
-    write_blocks(memory, trimmed, pages, file).map_err(failed("write the guest's memory"))
+) -> Result<Vec<Content>, SnapshotError> {
+    write_contents(memory, trimmed, pages, file).map_err(failed("write the guest's memory"))
 }
 
-fn write_blocks(memory: &Memory, trimmed: &BTreeSet<Block>, pages: &PageMap, file: &File) -> io::Result<Vec<Block>> {
+fn write_contents(
+    memory: &Memory,
+    trimmed: &BTreeSet<Block>,
+    pages: &PageMap,
+    file: &File,
+) -> io::Result<Vec<Content>> {
     let size = memory::size(memory);
     file.set_len(size)?;
     let mut written = Vec::new();
@@ -174,26 +176,30 @@ fn write_blocks(memory: &Memory, trimmed: &BTreeSet<Block>, pages: &PageMap, fil
         }
         let bytes = &mut bytes[..part.len()];
         part.copy_to(bytes);
-        if bytes.chunks(PAGE).any(|page| page != &ZERO[..page.len()]) {
-            for (offset, piece) in (block.offset()..).step_by(PIECE).zip(bytes.chunks(PIECE)) {
-                file.write_all_at(piece, offset)?;
+        let mut content = Content { block, pieces: 0 };
+        for (index, piece) in (0..).zip(bytes.chunks(PIECE)) {
+            if piece != &ZERO[..piece.len()] {
+                file.write_all_at(piece, block.offset() + index * PIECE as u64)?;
+                content.pieces |= 1 << index;
             }
-            written.push(block);
+        }
+        if content.pieces != 0 {
+            written.push(content);
         }
     }
     Ok(written)
 }
 
 /// The memory of a snapshot for a clone, which is there once the filling is complete.
-pub(super) fn read_memory(size: u64, blocks: &[Block], file: &File) -> Result<(Memory, Filling), SnapshotError> {
+pub(super) fn read_memory(size: u64, contents: &[Content], file: &File) -> Result<(Memory, Filling), SnapshotError> {
     let length = file.metadata().map_err(failed("read the guest's memory"))?.len();
     if length != size {
         return Err(SnapshotError::Damaged("its memory has another length"));
     }
-    if !blocks.is_sorted_by(|one, next| one < next) {
+    if !contents.is_sorted_by(|one, next| one.block < next.block) {
         return Err(SnapshotError::Damaged("its memory is not in order"));
     }
-    memory::from_file(size, file, blocks).map_err(|_| SnapshotError::Damaged(NO_MEMORY))
+    memory::from_file(size, file, contents).map_err(|_| SnapshotError::Damaged(NO_MEMORY))
 }
 
 /// That its memory is there.
@@ -247,29 +253,30 @@ mod tests {
         let _: u8 = memory.read_obj(GuestAddress(10 << 20)).unwrap();
         let write = |memory: &Memory| {
             let file = tempfile::tempfile().unwrap();
-            let blocks = write_memory(memory, &BTreeSet::new(), &PageMap::open().unwrap(), &file).unwrap();
-            (file, blocks)
+            let contents = write_memory(memory, &BTreeSet::new(), &PageMap::open().unwrap(), &file).unwrap();
+            (file, contents)
         };
-        let (file, blocks) = write(&memory);
-        assert_eq!(blocks, [0, 31].map(Block));
-        assert!(file.metadata().unwrap().blocks() * 512 <= 2 * BLOCK + (64 << 10));
-        let read = |blocks: &[Block], file: &File| {
-            let (memory, filling) = read_memory(64 << 20, blocks, file)?;
+        let (file, contents) = write(&memory);
+        let expected = [(0, 1 << 16 | 1), (31, 1 << 31)].map(|(block, pieces)| Content { block: Block(block), pieces });
+        assert_eq!(contents, expected);
+        assert!(file.metadata().unwrap().blocks() * 512 <= 4 * PIECE as u64);
+        let read = |contents: &[Content], file: &File| {
+            let (memory, filling) = read_memory(64 << 20, contents, file)?;
             await_memory(filling).map(|()| memory)
         };
-        let again = read(&blocks, &file).unwrap();
+        let again = read(&contents, &file).unwrap();
         for (value, place) in (1u8..).zip(places) {
             assert_eq!(again.read_obj::<u8>(GuestAddress(place)).unwrap(), value);
         }
         again.write_obj(9u8, GuestAddress(12_345)).unwrap();
-        let (second, blocks) = write(&again);
-        let third = read(&blocks, &second).unwrap();
+        let (second, contents) = write(&again);
+        let third = read(&contents, &second).unwrap();
         assert_eq!(third.read_obj::<u8>(GuestAddress(12_345)).unwrap(), 9);
         assert_eq!(third.read_obj::<u8>(GuestAddress(4096)).unwrap(), 3);
-        let twice = [blocks[0], blocks[0]];
+        let twice = [contents[0], contents[0]];
         assert!(matches!(read(&twice, &second), Err(SnapshotError::Damaged(_))));
         file.set_len(1 << 20).unwrap();
-        assert!(matches!(read(&blocks, &file), Err(SnapshotError::Damaged(_))));
+        assert!(matches!(read(&contents, &file), Err(SnapshotError::Damaged(_))));
     }
 
     #[test]
