@@ -25,7 +25,7 @@ use crate::virtio::Device;
 use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
 use crate::{Event, Memory};
 use bus::{Bus, Console, ConsoleLine, DEVICES, FIRST_INTERRUPT, MAX_DEVICES, Pin, SERIAL_INTERRUPT};
-use memory::{Block, MemoryError};
+use memory::{Block, Filling, MemoryError};
 use origin::Origin;
 use snapshot::Saved;
 pub use snapshot::{PageMap, SnapshotError};
@@ -245,13 +245,12 @@ impl Machine {
         Ok(saved.write(state)?)
     }
 
-    /// Makes a machine that goes on where a saved one was, with devices of the same make. The memory file has to
-    /// stay as it is as long as the machine is there.
+    /// Makes a machine that goes on where a saved one was, with devices of the same make.
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn restore(config: Config, state: &File, memory: &File) -> Result<Self, MachineError> {
-        let saved = Saved::read(state)?;
+    pub fn restore(config: Config, resting: Resting) -> Result<Self, MachineError> {
+        let Resting { saved, memory, filling, origin } = resting;
         let mismatch = |what| Err(SnapshotError::Mismatch(what).into());
         if saved.flavour != config.flavour {
             return mismatch("kinds of KVM");
@@ -263,8 +262,6 @@ impl Machine {
             return mismatch("devices");
         }
         let vcpu_count = config.vcpus;
-        let origin = Origin::of_template(saved.memory, memory)?;
-        let (memory, filling) = snapshot::read_memory(saved.memory, &saved.contents, memory)?;
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
@@ -296,6 +293,29 @@ impl Machine {
     /// Its memory.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+}
+
+/// A machine that was saved, whose memory is being fetched by a thread.
+#[derive(Debug)]
+pub struct Resting {
+    saved: Saved,
+    memory: Memory,
+    filling: Filling,
+    origin: Origin,
+}
+
+impl Resting {
+    /// Looks at the files of [`Machine::save`], and begins to fetch the memory. That file has to stay as it is as long as a
+    /// machine is there that began so.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn open(state: &File, memory: &File) -> Result<Self, MachineError> {
+        let saved = Saved::read(state)?;
+        let (fetched, filling) = snapshot::read_memory(saved.memory, &saved.contents, memory)?;
+        let origin = Origin::of_template(saved.memory, memory)?;
+        Ok(Self { saved, memory: fetched, filling, origin })
     }
 }
 

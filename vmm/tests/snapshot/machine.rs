@@ -17,7 +17,7 @@ use kvm_ioctls::Kvm;
 use runvm_vmm::Event;
 use runvm_vmm::door::{Door, hand_over};
 use runvm_vmm::machine::x86::boot::Kernel;
-use runvm_vmm::machine::{Config, End, Flavour, Machine, PageMap};
+use runvm_vmm::machine::{Config, End, Flavour, Machine, PageMap, Resting};
 use runvm_vmm::virtio::Device;
 use runvm_vmm::virtio::balloon::{Backing, Balloon, Control};
 use runvm_vmm::virtio::block::Block;
@@ -83,7 +83,7 @@ impl World {
     /// The machine in these files, which goes on.
     pub fn restore(home: &Path, vcpus: u32, state: &Path, memory: &Path) -> Result<Self> {
         let Parts { config, doorway, balloon, .. } = Parts::make(home, vcpus)?;
-        let machine = Machine::restore(config, &File::open(state)?, &File::open(memory)?)?;
+        let machine = Machine::restore(config, Resting::open(&File::open(state)?, &File::open(memory)?)?)?;
         machine.resume();
         Ok(Self { machine, doorway, balloon, vcpus })
     }

@@ -1,8 +1,9 @@
 //! The VM's process: makes the machine, gives up what making it took, and serves it to its end.
 //!
-//! In order: what only root of the host can open is opened; the share becomes the process's whole file system, in
-//! namespaces of its own; capabilities go down to what serving files needs; then the machine is made, whose threads are
-//! confined before the guest runs, and last this one: see [`super::confinement`].
+//! In order: what only root of the host can open is opened, and a thread begins to copy a template's memory; the share
+//! becomes the process's whole file system, in namespaces of its own; capabilities go down to what serving files needs; then
+//! the machine is made, whose threads are confined before the guest runs, and last this one: see [`super::confinement`].
+//! By then the thread that copied has ended.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -19,7 +20,7 @@ use runvm_vmm::Event;
 use runvm_vmm::confinement::Role;
 use runvm_vmm::door::Door;
 use runvm_vmm::machine::x86::boot::Kernel;
-use runvm_vmm::machine::{Config, End, Machine, PageMap};
+use runvm_vmm::machine::{Config, End, Machine, PageMap, Resting};
 use runvm_vmm::virtio::Device;
 use runvm_vmm::virtio::balloon::{Backing, Balloon};
 use runvm_vmm::virtio::fs::Fs;
@@ -107,14 +108,21 @@ fn report(mut control: &UnixStream, report: &Report) -> std::io::Result<()> {
 /// A running machine whose agent listens.
 fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Saving), Failure> {
     let kvm = Kvm::new().map_err(failed("open /dev/kvm"))?;
-    let (kernel, console, save) = match &description.beginning {
-        Beginning::Boot { kernel, initramfs, parameters, console, save } => {
+    let fork = || failed("fork the machine");
+    let (start, console, save) = match (&description.beginning, inherited.template) {
+        (Beginning::Boot { kernel, initramfs, parameters, console, save }, template) => {
             let console = console.as_deref().map(File::create).transpose();
             let kernel =
                 Kernel { image: open(kernel)?, initramfs: Some(open(initramfs)?), command_line: parameters.clone() };
-            (Some(kernel), console.map_err(failed("create the console's file"))?, *save)
+            (Start::Boot(kernel, template), console.map_err(failed("create the console's file"))?, *save)
         }
-        Beginning::Restore => (None, None, false),
+        // What many machines come from is open in none that runs.
+        (Beginning::Restore, Some((state, memory))) => {
+            (Start::Fork(Box::new(Resting::open(&state, &memory).map_err(fork())?)), None, false)
+        }
+        (Beginning::Restore, None) => {
+            return Err(Failure::Machine("there is nothing that it could begin with".to_owned()));
+        }
     };
     let pages = save.then(PageMap::open).transpose().map_err(failed("look at the process's pages"))?;
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
@@ -141,8 +149,8 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
         console,
         confinement: Arc::new(confine),
     };
-    match (kernel, inherited.template) {
-        (Some(kernel), template) => {
+    match start {
+        Start::Boot(kernel, template) => {
             let machine = Machine::boot(config, kernel).map_err(failed("make the machine"))?;
             confine(Role::Owner).map_err(failed("confine the VM's process"))?;
             machine.resume();
@@ -153,16 +161,21 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
             };
             Ok((machine, saving))
         }
-        (None, Some((state, memory))) => {
-            let machine = Machine::restore(config, &state, &memory).map_err(failed("fork the machine"))?;
-            // What many machines come from is open in none that runs.
-            drop((state, memory));
+        Start::Fork(resting) => {
+            let machine = Machine::restore(config, *resting).map_err(fork())?;
             confine(Role::Owner).map_err(failed("confine the VM's process"))?;
             machine.resume();
             Ok((machine, Saving::NotAsked))
         }
-        (None, None) => Err(Failure::Machine("there is nothing that it could begin with".to_owned())),
     }
+}
+
+/// What a machine starts from.
+enum Start {
+    /// A kernel, and where its machine is to be written once its agent listens.
+    Boot(Kernel, Option<(File, File)>),
+    /// A template.
+    Fork(Box<Resting>),
 }
 
 /// Waits until the guest's agent says that it listens.
