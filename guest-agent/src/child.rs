@@ -112,14 +112,7 @@ fn continue_as(forked: libc::c_long, work: impl FnOnce() -> i32) -> io::Result<P
             memory::settle_copy();
             exit(work())
         }
-        Ok(pid) => {
-            let pid = Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error)?;
-            // A copy that has a copy is about to end.
-            if !is_child() {
-                memory::settle_again();
-            }
-            Ok(pid)
-        }
+        Ok(pid) => Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error),
         Err(error) => Err(io::Error::other(error)),
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A page that a process comes to for the first time takes a PVM guest three exits, 20 to 60 µs; where the kernel has been
 //! asked for many at once the last of the three is left, for several pages together. A process of the agent's comes to all
-//! of its pages for the first time, being restored from a template or a copy of another; and so does the one that was
-//! copied, to those that it writes to.
+//! of its pages for the first time, being restored from a template or a copy of another. What a copy may write to is there,
+//! as the guest's kernel copies it at once (`FORK_COPY_PAGES`, docs/kernel.md); its code is not.
 
 use std::fs;
 use std::ops::Range;
@@ -39,26 +39,20 @@ pub(crate) fn settle() {
     grow_heap();
     let stack = grow_stack();
     let map = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    LAYOUT.get_or_init(|| Layout::of(&map, stack));
+    let layout = LAYOUT.get_or_init(|| Layout::of(&map, stack));
     settle_copy();
+    layout.variable.iter().for_each(|range| populate(range, Advice::LinuxPopulateWrite));
+    if let Some(start) = layout.heap {
+        // SAFETY: it changes nothing.
+        let end = unsafe { libc::sbrk(0) }.addr();
+        populate(&(start..end.min(start + HEAP)), Advice::LinuxPopulateWrite);
+    }
 }
 
 /// The same in a copy of this process, whose code is mapped nowhere yet.
 pub(crate) fn settle_copy() {
     if let Some(layout) = LAYOUT.get() {
         layout.constant.iter().for_each(|range| populate(range, Advice::LinuxPopulateRead));
-    }
-    settle_again();
-}
-
-/// The same in a process that has been copied, to whose pages the copy has as good a claim.
-pub(crate) fn settle_again() {
-    let Some(layout) = LAYOUT.get() else { return };
-    layout.variable.iter().for_each(|range| populate(range, Advice::LinuxPopulateWrite));
-    if let Some(start) = layout.heap {
-        // SAFETY: it changes nothing.
-        let end = unsafe { libc::sbrk(0) }.addr();
-        populate(&(start..end.min(start + HEAP)), Advice::LinuxPopulateWrite);
     }
 }
 

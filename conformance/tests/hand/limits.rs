@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
         case!(update_by_a_file),
         case!(update_leaves_what_is_not_named),
         case!(what_finds_no_memory_ends_soon).tcg(),
+        case!(copies_of_a_process_take_what_they_write_to),
         case!(update_holds),
         case!(update_below_what_is_used),
         case!(update_beyond_the_machine),
@@ -125,6 +126,19 @@ fn what_finds_no_memory_ends_soon(h: &Hand) -> Result<Outcome> {
         ensure!(!output.stdout.contains("41943040"), "40 MiB in 24: {}", output.stdout);
     }
     Ok(Outcome::new().see("then", bundle.status()?))
+}
+
+/// Forty shells have a variable in common that forty times would not fit.
+fn copies_of_a_process_take_what_they_write_to(h: &Hand) -> Result<Outcome> {
+    let script = "x=$(head -c 700000 /dev/zero | tr '\\0' x); mkfifo /gate; exec 3<>/gate; i=0; \
+        while [ $i -lt 40 ]; do (read -r line; echo there) </gate 3>&- & i=$((i+1)); done; exec 3>&-; wait";
+    let bundle = h.bundle_with(&["sleep", "1000"], |config| {
+        config["linux"]["resources"] = json!({"memory": {"limit": 24 << 20, "swap": 24 << 20}});
+    })?;
+    bundle.start()?;
+    let output = bundle.exec("", script).run()?;
+    expect_equal("answers", output.stdout.lines().filter(|line| *line == "there").count(), 40)?;
+    Ok(Outcome::new().see("code", output.code))
 }
 
 fn update_holds(h: &Hand) -> Result<Outcome> {
