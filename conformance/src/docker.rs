@@ -234,10 +234,14 @@ impl Drop for Mounted {
 /// The daemon's default bridge.
 struct Bridge;
 
+/// As the daemon has it for a bridge of its own: a bridge that is given none has the lowest of its ports' addresses, and who
+/// knows it by that of a port which goes loses its connections for a while.
+const BRIDGE_MAC: &str = "02:72:76:6d:00:01";
+
 impl Bridge {
     fn make() -> Result<Self> {
         let ip = |line: &str| Cmd::new("ip").args(line.split(' ')).ok();
-        ip(&format!("link add {BRIDGE} type bridge"))?;
+        ip(&format!("link add {BRIDGE} address {BRIDGE_MAC} type bridge"))?;
         let bridge = Self;
         ip(&format!("address add {HOST4}/24 dev {BRIDGE}"))?;
         ip(&format!("address add {HOST6}/64 dev {BRIDGE} nodad"))?;
