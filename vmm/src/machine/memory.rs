@@ -65,6 +65,7 @@ impl Block {
 /// In what a block is kept in a file, in bytes. The host keeps a file in memory in the pieces that it was written in, and may
 /// map all of one where a page of it is touched; it maps as much around it anyway (`fault_around_bytes`).
 pub const PIECE: usize = 64 << 10;
+const _: () = assert!(BLOCK as usize / PIECE == u32::BITS as usize, "a block's pieces have a bit each");
 
 /// A block that a file has something of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +94,7 @@ impl Content {
 
     /// The pieces that are there, as ranges of the block; successive ones are one.
     fn runs(self) -> impl Iterator<Item = Range<usize>> {
+        // All 32 bits may go at once.
         let mut rest = u64::from(self.pieces);
         let mut start = 0;
         std::iter::from_fn(move || {
@@ -156,8 +158,8 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     assemble(regions)
 }
 
-/// Memory that begins as this content of `file`; it is there once the [`Filling`] is complete. They are copied: a large page
-/// at once is quicker than many of its small ones whenever the guest comes to one.
+/// Memory that begins as this content of `file`; it is there once the [`Filling`] is complete. It is copied: a large page at
+/// once is quicker than many of its small ones whenever the guest comes to one.
 ///
 /// # Errors
 /// [`MemoryError`].
