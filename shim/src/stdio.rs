@@ -194,25 +194,27 @@ fn is_fifo(path: &Path) -> bool {
 
 /// Opens a fifo that has a reader, or that none comes for in time.
 async fn open_to_reader(fifo: &Path) -> io::Result<pipe::Sender> {
-    // As long as this is open the reader does not find the last writer gone.
-    let first = match open_for_writing(fifo) {
+    let hold = || pipe::OpenOptions::new().read_write(true).open_sender(fifo);
+    match open_for_writing(fifo) {
         Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
             let path = fifo.to_owned();
-            let opening = spawn_blocking(move || OpenOptions::new().write(true).open(path));
-            match timeout(READER_LIMIT, opening).await {
-                Ok(opened) => Some(opened??),
-                Err(_) => {
-                    // What follows is what ends the thread's waiting.
-                    tracing::warn!("nobody reads {}", fifo.display());
-                    None
-                }
+            let mut opening = spawn_blocking(move || OpenOptions::new().write(true).open(path));
+            if let Ok(opened) = timeout(READER_LIMIT, &mut opening).await {
+                // As long as this is open the reader does not find the last writer gone.
+                let _first = opened??;
+                return hold();
             }
+            tracing::warn!("nobody reads {}", fifo.display());
+            let held = hold()?;
+            // It finds a reader now. Were it left alone it might come to its opening after all others had closed theirs.
+            opening.await??;
+            Ok(held)
         }
-        opened => Some(opened?),
-    };
-    let fifo = pipe::OpenOptions::new().read_write(true).open_sender(fifo);
-    drop(first);
-    fifo
+        opened => {
+            let _first = opened?;
+            hold()
+        }
+    }
 }
 
 /// Opens a fifo that has a reader; an error where it has none.
