@@ -362,7 +362,10 @@ impl Parts {
         }
         vm.create_irq_chip().map_err(kvm("make an interrupt controller"))?;
         let supported = config.kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
-        let supported = supported.map_err(kvm("say what processors are like"))?;
+        let mut supported = supported.map_err(kvm("say what processors are like"))?;
+        if config.flavour == Flavour::Pvm {
+            cpuid::answer_briefly(&mut supported);
+        }
         let vcpus = (0..config.vcpus).map(|index| vm.create_vcpu(index.into())).collect::<Result<_, _>>();
         let vcpus = vcpus.map_err(kvm("make a processor"))?;
         let mut devices = Vec::new();
