@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(the_engines_own_files_are_there),
         case!(writes_of_a_mapped_file_arrive),
         case!(renames_locks_and_sockets_work),
+        case!(what_is_open_stays_readable),
     ]
 }
 
@@ -232,5 +233,38 @@ os.setxattr('new', 'user.name', b'value'); print(os.getxattr('new', 'user.name')
 os.posix_fallocate(os.open('new', os.O_RDWR), 0, 10000); print(os.stat('new').st_size)";
     let output = d.run_debian(&options, &["python3", "-c", script])?.run()?;
     ensure!(output.stdout.contains("connected\nstill"), "{}{}", output.stdout, output.stderr);
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+/// Nothing was read of the files before their names, modes and owners changed.
+fn what_is_open_stays_readable(d: &Docker) -> Result<Outcome> {
+    for name in ["gone", "moved", "closed", "others", "copied", "mapped"] {
+        d.file(name, format!("what {name} had"))?;
+    }
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let script = "
+import mmap, os
+os.chdir('/shared')
+names = ['gone', 'moved', 'closed', 'copied', 'mapped']
+files = {name: os.open(name, os.O_RDONLY) for name in names}
+opened, changed = os.pipe(), os.pipe()
+if os.fork() == 0:
+    os.setuid(65534)
+    other = os.open('others', os.O_RDONLY)
+    os.write(opened[1], b'x')
+    os.read(changed[0], 1)
+    os.write(opened[1], os.read(other, 100))
+    os._exit(0)
+os.read(opened[0], 1)
+os.unlink('gone'); os.rename('moved', 'there'); os.chmod('closed', 0); os.chmod('others', 0)
+os.write(changed[1], b'x')
+print(os.read(opened[0], 100), [os.read(files[name], 100) for name in names[:3]])
+to = os.open('copy', os.O_RDWR | os.O_CREAT)
+print(os.copy_file_range(files['copied'], to, 100), os.pread(to, 100, 0), os.lseek(files['copied'], 0, os.SEEK_DATA))
+print(mmap.mmap(files['mapped'], 0, prot=mmap.PROT_READ)[:], os.fstat(files['gone']).st_nlink)
+os.fsync(files['mapped']); os.utime(files['mapped'], (1, 1)); print(os.stat('mapped').st_mtime)
+try: os.write(files['mapped'], b'x')
+except OSError as e: print(e.strerror)";
+    let output = d.run_debian(&options, &["python3", "-c", script])?.ok()?;
     Ok(Outcome::new().see_output("run", &output))
 }

@@ -43,7 +43,7 @@ const SLOW: [u32; 5] = [
 ];
 
 /// The server and the queues that its requests come by.
-pub(super) struct Desk<F: FileSystem + Sync> {
+pub(super) struct Desk<F: FileSystem + Send + Sync> {
     pub(super) server: Server<Guard<F>>,
     /// None while no driver uses the device.
     session: Mutex<Option<Arc<Session>>>,

@@ -17,6 +17,8 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 
+use super::readers::{MAY_READ_UNOPENED, Readers, optional};
+
 /// What the guest's kernel said it can do when it began a session; none while there is no session.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Session(Arc<Mutex<Option<FsOptions>>>);
@@ -35,14 +37,16 @@ impl Session {
 const MAX_COPY: u64 = 16 << 20;
 
 /// A file system that is asked nothing that it would panic at, or take without bound to do.
-pub(super) struct Guard<F> {
-    inner: F,
+pub(super) struct Guard<F: FileSystem> {
+    inner: Arc<F>,
+    readers: Readers<F>,
     session: Session,
 }
 
-impl<F> Guard<F> {
+impl<F: FileSystem> Guard<F> {
     pub(super) fn new(inner: F, session: Session) -> Self {
-        Self { inner, session }
+        let inner = Arc::new(inner);
+        Self { readers: Readers::new(inner.clone()), inner, session }
     }
 }
 
@@ -70,6 +74,7 @@ impl<F: FileSystem> FileSystem for Guard<F> {
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.session.set(None);
+        self.readers.close();
         let wanted = self.inner.init(capable)?;
         self.session.set(Some(capable));
         Ok(wanted)
@@ -77,6 +82,7 @@ impl<F: FileSystem> FileSystem for Guard<F> {
 
     fn destroy(&self) {
         self.session.set(None);
+        self.readers.close();
         self.inner.destroy();
     }
 
@@ -92,7 +98,9 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         flags: u32,
     ) -> io::Result<usize> {
         check(offset)?;
-        self.inner.read(context, inode, handle, writer, size, offset, lock_owner, flags)
+        let inode = inode.into();
+        let known = self.readers.known(context, inode, handle.into())?;
+        self.inner.read(context, inode.into(), known.handle(), writer, size, offset, lock_owner, flags)
     }
 
     fn write<R: ZeroCopyReader>(
@@ -125,17 +133,64 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         flags: u64,
     ) -> io::Result<usize> {
         let length = length.min(MAX_COPY);
+        let inode = inode.into();
+        let known = self.readers.known(context, inode, handle.into())?;
+        let (inode, handle) = (inode.into(), known.handle());
         self.inner.copyfilerange(context, inode, handle, offset, to_inode, to_handle, to_offset, length, flags)
+    }
+
+    fn open(
+        &self,
+        context: Context,
+        inode: F::Inode,
+        kill_privileges: bool,
+        flags: u32,
+    ) -> io::Result<(Option<F::Handle>, OpenOptions)> {
+        let (handle, options) = self.inner.open(context, inode, kill_privileges, flags)?;
+        Ok((handle, options | MAY_READ_UNOPENED))
+    }
+
+    fn getattr(&self, context: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)> {
+        self.inner.getattr(context, inode, optional::<F>(handle))
+    }
+
+    fn setattr(
+        &self,
+        context: Context,
+        inode: F::Inode,
+        attr: SetattrIn,
+        handle: Option<F::Handle>,
+        valid: SetattrValid,
+    ) -> io::Result<(Attr, Duration)> {
+        self.inner.setattr(context, inode, attr, optional::<F>(handle), valid)
+    }
+
+    fn fsync(&self, context: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()> {
+        let inode = inode.into();
+        let known = self.readers.known(context, inode, handle.into())?;
+        self.inner.fsync(context, inode.into(), data, known.handle())
+    }
+
+    fn lseek(&self, context: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32) -> io::Result<u64> {
+        let inode = inode.into();
+        let known = self.readers.known(context, inode, handle.into())?;
+        self.inner.lseek(context, inode.into(), known.handle(), offset, whence)
+    }
+
+    fn forget(&self, context: Context, inode: F::Inode, count: u64) {
+        let inode = inode.into();
+        self.readers.forget(inode);
+        self.inner.forget(context, inode.into(), count);
+    }
+
+    fn batch_forget(&self, context: Context, requests: Vec<(F::Inode, u64)>) {
+        let requests: Vec<(u64, u64)> = requests.into_iter().map(|(inode, count)| (inode.into(), count)).collect();
+        requests.iter().for_each(|(inode, _)| self.readers.forget(*inode));
+        self.inner.batch_forget(context, requests.into_iter().map(|(inode, count)| (inode.into(), count)).collect());
     }
 
     forward! {
         fn lookup(c: Context, parent: F::Inode, name: &CStr) -> io::Result<Entry>;
-        fn forget(c: Context, inode: F::Inode, count: u64) -> ();
-        fn batch_forget(c: Context, requests: Vec<(F::Inode, u64)>) -> ();
-        fn getattr(c: Context, inode: F::Inode, handle: Option<F::Handle>) -> io::Result<(Attr, Duration)>;
-        fn setattr(
-            c: Context, inode: F::Inode, attr: SetattrIn, handle: Option<F::Handle>, valid: SetattrValid
-        ) -> io::Result<(Attr, Duration)>;
         fn readlink(c: Context, inode: F::Inode) -> io::Result<Vec<u8>>;
         fn symlink(c: Context, link: &CStr, parent: F::Inode, name: &CStr, x: Extensions) -> io::Result<Entry>;
         fn mknod(
@@ -150,13 +205,9 @@ impl<F: FileSystem> FileSystem for Guard<F> {
             c: Context, from: F::Inode, old: &CStr, to: F::Inode, new: &CStr, flags: u32
         ) -> io::Result<()>;
         fn link(c: Context, inode: F::Inode, parent: F::Inode, name: &CStr) -> io::Result<Entry>;
-        fn open(
-            c: Context, inode: F::Inode, kill: bool, flags: u32
-        ) -> io::Result<(Option<F::Handle>, OpenOptions)>;
         fn create(
             c: Context, parent: F::Inode, name: &CStr, mode: u32, kill: bool, flags: u32, umask: u32, x: Extensions
         ) -> io::Result<(Entry, Option<F::Handle>, OpenOptions)>;
-        fn fsync(c: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()>;
         fn fallocate(
             c: Context, inode: F::Inode, handle: F::Handle, mode: u32, offset: u64, length: u64
         ) -> io::Result<()>;
@@ -177,14 +228,18 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         fn fsyncdir(c: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()>;
         fn releasedir(c: Context, inode: F::Inode, flags: u32, handle: F::Handle) -> io::Result<()>;
         fn access(c: Context, inode: F::Inode, mask: u32) -> io::Result<()>;
-        fn lseek(c: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32) -> io::Result<u64>;
         fn syncfs(c: Context, inode: F::Inode) -> io::Result<()>;
     }
 }
 
-impl<F: SerializableFileSystem> SerializableFileSystem for Guard<F> {
+impl<F: FileSystem + SerializableFileSystem> SerializableFileSystem for Guard<F> {
+    fn prepare_serialization(&self, cancel: Arc<AtomicBool>) {
+        // The guest does not know of these, so nobody would close them again.
+        self.readers.close();
+        self.inner.prepare_serialization(cancel);
+    }
+
     forward! {
-        fn prepare_serialization(cancel: Arc<AtomicBool>) -> ();
         fn serialize(state: File) -> io::Result<()>;
         fn deserialize_and_apply(state: File) -> io::Result<()>;
     }

@@ -17,6 +17,7 @@ pub mod client;
 mod desk;
 mod guard;
 mod letter;
+mod readers;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -57,7 +58,7 @@ pub enum FsError {
 }
 
 /// A virtio-fs device.
-pub struct Fs<F: FileSystem + Sync> {
+pub struct Fs<F: FileSystem + Send + Sync> {
     desk: Arc<Desk<F>>,
     session: Session,
     config: ConfigSpace,

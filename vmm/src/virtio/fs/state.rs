@@ -39,7 +39,7 @@ struct State<'a> {
 /// The session's state. The session goes on.
 pub(super) fn save<F>(server: &Server<Guard<F>>, capable: FsOptions) -> Result<Vec<u8>, DeviceError>
 where
-    F: FileSystem + SerializableFileSystem + Sync,
+    F: FileSystem + SerializableFileSystem + Send + Sync,
 {
     server.prepare_serialization(Arc::new(AtomicBool::new(false)));
     let files = files_of(server).map_err(DeviceError::host("save the files that the guest has open"))?;
@@ -50,7 +50,7 @@ where
 
 fn files_of<F>(server: &Server<Guard<F>>) -> io::Result<Vec<u8>>
 where
-    F: FileSystem + SerializableFileSystem + Sync,
+    F: FileSystem + SerializableFileSystem + Send + Sync,
 {
     let mut file = scratch()?;
     server.serialize(file.try_clone()?)?;
@@ -66,7 +66,7 @@ where
 /// Takes over a session. Where this fails, there is a part of it.
 pub(super) fn restore<F>(server: &Server<Guard<F>>, saved: &[u8]) -> Result<(), DeviceError>
 where
-    F: FileSystem + SerializableFileSystem + Sync,
+    F: FileSystem + SerializableFileSystem + Send + Sync,
 {
     if saved.len() as u64 > MAX_STATE + 64 {
         return Err(DAMAGED);
@@ -84,7 +84,7 @@ fn put_back(server: &impl SerializableFileSystem, files: &[u8]) -> io::Result<()
 }
 
 /// Begins a session in the guest's place.
-fn begin<F: FileSystem + Sync>(server: &Server<Guard<F>>, capable: FsOptions) -> Result<(), DeviceError> {
+fn begin<F: FileSystem + Send + Sync>(server: &Server<Guard<F>>, capable: FsOptions) -> Result<(), DeviceError> {
     let bits = capable.bits();
     let version =
         InitInCompat { major: KERNEL_VERSION, minor: KERNEL_MINOR_VERSION, max_readahead: 0, flags: bits as u32 };

@@ -5,6 +5,7 @@ use std::thread;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::TempDir;
+use virtiofsd::filesystem::OpenOptions;
 use virtiofsd::fuse::{BatchForgetIn, CopyfilerangeIn, LkIn, OpenIn, OutHeader, ReadIn};
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, PassthroughFs};
@@ -13,6 +14,7 @@ use vm_memory::ByteValued as _;
 use super::super::driver::Piece;
 use super::client::{Client, Opcode, REQUESTS, ROOT};
 use super::desk::{BATCH, MAX_MESSAGE};
+use super::readers::{MAX_OPEN, UNOPENED};
 use super::*;
 use crate::confinement::{Role, in_role};
 
@@ -361,6 +363,57 @@ fn chains_that_lack_a_part_are_given_back() {
         assert!(guest.put(REQUESTS, &[Piece::Readable(&request), outside]).is_empty());
     }
     assert_eq!(guest.read(node, handle, 0, 4).unwrap(), b"cont");
+}
+
+#[test]
+fn a_file_is_read_without_being_opened() {
+    let tree = tree();
+    let root = tree.path();
+    let mut guest = guest(root);
+    let file = guest.find("folder/file").unwrap().node;
+    let flags = OpenIn { flags: libc::O_RDONLY.cast_unsigned(), ..Default::default() };
+    let opened = guest.request(Opcode::Open, file, &[flags.as_slice()]).unwrap();
+    assert_eq!(
+        u32::from_le_bytes(opened[8..12].try_into().unwrap()) & OpenOptions::CACHE_DIR.bits(),
+        OpenOptions::CACHE_DIR.bits()
+    );
+    guest.release(file, u64::from_le_bytes(opened[..8].try_into().unwrap())).unwrap();
+
+    let known = open_files(root);
+    fs::remove_file(root.join("folder/file")).unwrap();
+    assert_eq!(guest.read(file, UNOPENED, 3, 100).unwrap(), b"tent");
+    assert_eq!(guest.read(file, UNOPENED, 0, 3).unwrap(), b"con");
+    assert_eq!(open_files(root), known + 1);
+    assert_eq!(guest.write(file, UNOPENED, 0, b"x"), Err(libc::EBADF));
+    guest.forget(file, 1);
+    assert_eq!(open_files(root), known - 1);
+    assert_eq!(guest.read(file, UNOPENED, 0, 3), Err(libc::EBADF));
+}
+
+#[test]
+fn few_files_are_kept_open_for_who_reads() {
+    let tree = tree();
+    let root = tree.path();
+    let mut guest = guest(root);
+    let nodes: Vec<_> = (0..2 * MAX_OPEN)
+        .map(|number| {
+            fs::write(root.join(number.to_string()), number.to_string()).unwrap();
+            guest.find(&number.to_string()).unwrap().node
+        })
+        .collect();
+    let known = open_files(root);
+    for _ in 0..2 {
+        for (number, &node) in nodes.iter().enumerate() {
+            assert_eq!(guest.read(node, UNOPENED, 0, 100).unwrap(), number.to_string().as_bytes());
+        }
+    }
+    assert_eq!(open_files(root), known + MAX_OPEN);
+    // Nobody would close them in the machine that goes on.
+    let saved = guest.device.save().unwrap();
+    assert_eq!(open_files(root), known);
+    let mut second = device(root);
+    second.restore(&saved).unwrap();
+    assert_eq!(open_files(root), 2 * known);
 }
 
 #[test]
