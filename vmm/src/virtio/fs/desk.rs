@@ -33,14 +33,8 @@ pub(super) const MAX_MESSAGE: usize = (1 << 20) + 4096;
 /// From here on, in bytes, copying a request or its answer takes longer than to wake a thread for it.
 const LONG: u64 = 128 << 10;
 
-/// What writes back what the host's caches hold, or copies files, takes as long as it takes.
-const SLOW: [u32; 5] = [
-    Opcode::Fsync as u32,
-    Opcode::Fsyncdir as u32,
-    Opcode::Syncfs as u32,
-    Opcode::Fallocate as u32,
-    Opcode::CopyFileRange as u32,
-];
+/// What writes back what the host's caches hold takes as long as it takes.
+const SLOW: [u32; 4] = [Opcode::Fsync as u32, Opcode::Fsyncdir as u32, Opcode::Syncfs as u32, Opcode::Fallocate as u32];
 
 /// The server and the queues that its requests come by.
 pub(super) struct Desk<F: FileSystem + Send + Sync> {

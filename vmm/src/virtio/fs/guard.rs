@@ -34,7 +34,7 @@ impl Session {
 }
 
 /// How much is copied between files at once, in bytes. Whoever wants more asks again.
-const MAX_COPY: u64 = 16 << 20;
+const MAX_COPY: u64 = 1 << 20;
 
 /// A file system that is asked nothing that it would panic at, or take without bound to do.
 pub(super) struct Guard<F: FileSystem> {
