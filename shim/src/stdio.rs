@@ -195,26 +195,24 @@ fn is_fifo(path: &Path) -> bool {
 /// Opens a fifo that has a reader, or that none comes for in time.
 async fn open_to_reader(fifo: &Path) -> io::Result<pipe::Sender> {
     let hold = || pipe::OpenOptions::new().read_write(true).open_sender(fifo);
-    match open_for_writing(fifo) {
+    let opened = match open_for_writing(fifo) {
         Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
             let path = fifo.to_owned();
             let mut opening = spawn_blocking(move || OpenOptions::new().write(true).open(path));
-            if let Ok(opened) = timeout(READER_LIMIT, &mut opening).await {
-                // As long as this is open the reader does not find the last writer gone.
-                let _first = opened??;
-                return hold();
-            }
-            tracing::warn!("nobody reads {}", fifo.display());
-            let held = hold()?;
-            // It finds a reader now. Were it left alone it might come to its opening after all others had closed theirs.
-            opening.await??;
-            Ok(held)
+            let Ok(opened) = timeout(READER_LIMIT, &mut opening).await else {
+                tracing::warn!("nobody reads {}", fifo.display());
+                let held = hold()?;
+                // It finds a reader now. Were it left alone it might come to its opening after all others had closed theirs.
+                opening.await??;
+                return Ok(held);
+            };
+            opened?
         }
-        opened => {
-            let _first = opened?;
-            hold()
-        }
-    }
+        opened => opened,
+    };
+    // As long as this is open the reader does not find the last writer gone.
+    let _first = opened?;
+    hold()
 }
 
 /// Opens a fifo that has a reader; an error where it has none.
