@@ -217,7 +217,7 @@ fn found(answer: &[u8]) -> Entry {
 }
 
 #[expect(clippy::expect_used, reason = "a test ends where an answer is too short")]
-fn object<T: ByteValued>(bytes: &[u8]) -> T {
+pub(super) fn object<T: ByteValued>(bytes: &[u8]) -> T {
     let mut object = T::zeroed();
     object.as_mut_slice().copy_from_slice(bytes.get(..size_of::<T>()).expect("an answer of that length"));
     object

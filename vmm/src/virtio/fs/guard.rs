@@ -98,9 +98,8 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         flags: u32,
     ) -> io::Result<usize> {
         check(offset)?;
-        let inode = inode.into();
-        let known = self.readers.known(context, inode, handle.into())?;
-        self.inner.read(context, inode.into(), known.handle(), writer, size, offset, lock_owner, flags)
+        let known = self.readers.known(context, inode, handle)?;
+        self.inner.read(context, known.inode(), known.handle(), writer, size, offset, lock_owner, flags)
     }
 
     fn write<R: ZeroCopyReader>(
@@ -133,9 +132,8 @@ impl<F: FileSystem> FileSystem for Guard<F> {
         flags: u64,
     ) -> io::Result<usize> {
         let length = length.min(MAX_COPY);
-        let inode = inode.into();
-        let known = self.readers.known(context, inode, handle.into())?;
-        let (inode, handle) = (inode.into(), known.handle());
+        let known = self.readers.known(context, inode, handle)?;
+        let (inode, handle) = (known.inode(), known.handle());
         self.inner.copyfilerange(context, inode, handle, offset, to_inode, to_handle, to_offset, length, flags)
     }
 
@@ -166,15 +164,13 @@ impl<F: FileSystem> FileSystem for Guard<F> {
     }
 
     fn fsync(&self, context: Context, inode: F::Inode, data: bool, handle: F::Handle) -> io::Result<()> {
-        let inode = inode.into();
-        let known = self.readers.known(context, inode, handle.into())?;
-        self.inner.fsync(context, inode.into(), data, known.handle())
+        let known = self.readers.known(context, inode, handle)?;
+        self.inner.fsync(context, known.inode(), data, known.handle())
     }
 
     fn lseek(&self, context: Context, inode: F::Inode, handle: F::Handle, offset: u64, whence: u32) -> io::Result<u64> {
-        let inode = inode.into();
-        let known = self.readers.known(context, inode, handle.into())?;
-        self.inner.lseek(context, inode.into(), known.handle(), offset, whence)
+        let known = self.readers.known(context, inode, handle)?;
+        self.inner.lseek(context, known.inode(), known.handle(), offset, whence)
     }
 
     fn forget(&self, context: Context, inode: F::Inode, count: u64) {

@@ -19,7 +19,8 @@ pub(super) const UNOPENED: u64 = u64::MAX;
 /// How many files are kept open for who reads on. More are opened anew in turn.
 pub(super) const MAX_OPEN: usize = 64;
 
-/// What is open, the longest unused first.
+/// What is open, the longest unused first. To close one takes no time, so it is done under the lock: the file system keeps the
+/// file itself until the guest has forgotten it.
 pub(super) struct Readers<F: FileSystem> {
     inner: Arc<F>,
     open: Mutex<VecDeque<Arc<Reader<F>>>>,
@@ -33,13 +34,18 @@ struct Reader<F: FileSystem> {
     handle: u64,
 }
 
-/// A handle that the file system knows, for as long as this is there.
+/// A file, and a handle of it that the file system knows for as long as this is there.
 pub(super) struct Known<F: FileSystem> {
+    inode: u64,
     handle: u64,
     _reader: Option<Arc<Reader<F>>>,
 }
 
 impl<F: FileSystem> Known<F> {
+    pub(super) fn inode(&self) -> F::Inode {
+        self.inode.into()
+    }
+
     pub(super) fn handle(&self) -> F::Handle {
         self.handle.into()
     }
@@ -50,41 +56,45 @@ impl<F: FileSystem> Readers<F> {
         Self { inner, open: Mutex::default() }
     }
 
-    /// The handle by which the guest means a file, opened for it if the guest has not.
-    pub(super) fn known(&self, context: Context, inode: u64, handle: u64) -> io::Result<Known<F>> {
+    /// The file that the guest means, opened for it if the guest has not.
+    pub(super) fn known(&self, context: Context, inode: F::Inode, handle: F::Handle) -> io::Result<Known<F>> {
+        let (inode, handle) = (inode.into(), handle.into());
         if handle != UNOPENED {
-            return Ok(Known { handle, _reader: None });
+            return Ok(Known { inode, handle, _reader: None });
         }
-        let kept = self.take(inode);
-        let reader = kept.map_or_else(|| Reader::open(self.inner.clone(), context, inode).map(Arc::new), Ok)?;
-        self.keep(reader.clone());
-        Ok(Known { handle: reader.handle, _reader: Some(reader) })
+        let reader = match self.kept(inode) {
+            Some(reader) => reader,
+            None => self.keep(Reader::open(self.inner.clone(), context, inode)?),
+        };
+        Ok(Known { inode, handle: reader.handle, _reader: Some(reader) })
     }
 
-    fn take(&self, inode: u64) -> Option<Arc<Reader<F>>> {
+    fn kept(&self, inode: u64) -> Option<Arc<Reader<F>>> {
         let mut open = self.lock();
         let place = open.iter().position(|reader| reader.inode == inode)?;
-        open.remove(place)
+        let reader = open.remove(place)?;
+        open.push_back(reader.clone());
+        Some(reader)
     }
 
-    fn keep(&self, reader: Arc<Reader<F>>) {
+    fn keep(&self, reader: Reader<F>) -> Arc<Reader<F>> {
+        let reader = Arc::new(reader);
         let mut open = self.lock();
-        open.push_back(reader);
-        // Whoever reads by it goes on; it is closed after that, and not under the lock.
-        let oldest = (open.len() > MAX_OPEN).then(|| open.pop_front());
-        drop(open);
-        drop(oldest);
+        open.push_back(reader.clone());
+        if open.len() > MAX_OPEN {
+            open.pop_front();
+        }
+        reader
     }
 
-    /// The guest does not know this file any more.
+    /// The guest does not know this file any more. Who came to it at once with another may have opened it a second time.
     pub(super) fn forget(&self, inode: u64) {
-        drop(self.take(inode));
+        self.lock().retain(|reader| reader.inode != inode);
     }
 
     /// Closes all that nobody reads at the moment.
     pub(super) fn close(&self) {
-        let open = std::mem::take(&mut *self.lock());
-        drop(open);
+        self.lock().clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Reader<F>>>> {

@@ -5,16 +5,15 @@ use std::thread;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tempfile::TempDir;
-use virtiofsd::filesystem::OpenOptions;
-use virtiofsd::fuse::{BatchForgetIn, CopyfilerangeIn, LkIn, OpenIn, OutHeader, ReadIn};
+use virtiofsd::fuse::{BatchForgetIn, CopyfilerangeIn, LkIn, OpenIn, OpenOut, OutHeader, ReadIn};
 use virtiofsd::passthrough::xattrmap::XattrMap;
 use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, PassthroughFs};
 use vm_memory::ByteValued as _;
 
 use super::super::driver::Piece;
-use super::client::{Client, Opcode, REQUESTS, ROOT};
+use super::client::{Client, Opcode, REQUESTS, ROOT, object};
 use super::desk::{BATCH, MAX_MESSAGE};
-use super::readers::{MAX_OPEN, UNOPENED};
+use super::readers::{MAX_OPEN, MAY_READ_UNOPENED, UNOPENED};
 use super::*;
 use crate::confinement::{Role, in_role};
 
@@ -372,12 +371,10 @@ fn a_file_is_read_without_being_opened() {
     let mut guest = guest(root);
     let file = guest.find("folder/file").unwrap().node;
     let flags = OpenIn { flags: libc::O_RDONLY.cast_unsigned(), ..Default::default() };
-    let opened = guest.request(Opcode::Open, file, &[flags.as_slice()]).unwrap();
-    assert_eq!(
-        u32::from_le_bytes(opened[8..12].try_into().unwrap()) & OpenOptions::CACHE_DIR.bits(),
-        OpenOptions::CACHE_DIR.bits()
-    );
-    guest.release(file, u64::from_le_bytes(opened[..8].try_into().unwrap())).unwrap();
+    let answer = guest.request(Opcode::Open, file, &[flags.as_slice()]).unwrap();
+    let opened: OpenOut = object(&answer);
+    assert_eq!(opened.open_flags & MAY_READ_UNOPENED.bits(), MAY_READ_UNOPENED.bits());
+    guest.release(file, opened.fh).unwrap();
 
     let known = open_files(root);
     fs::remove_file(root.join("folder/file")).unwrap();
