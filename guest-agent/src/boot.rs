@@ -94,30 +94,12 @@ pub(crate) fn grant() -> Result<(), BootError> {
         .map_err(|errno| failed("raise the limit of processes")(errno.into()))
 }
 
-/// Keeps the agent, and all that it does for a container, on one processor, and the interrupts of its channel and of
-/// the share there too: waking another costs more than there is to do, above all where the host has no more processors
-/// than its guests.
+/// Keeps the agent, and all that it does for a container, on one processor, where the interrupts of its devices are too:
+/// waking another costs more than there is to do, above all where the host has no more processors than its guests.
 pub(crate) fn stay_on_one_processor() -> Result<(), BootError> {
     let mut one = CpuSet::new();
     one.set(0);
-    sched_setaffinity(None, &one).map_err(|errno| failed("stay on one processor")(errno.into()))?;
-    let interrupts = fs::read_to_string("/proc/interrupts").map_err(failed("read /proc/interrupts"))?;
-    for driver in ["vmw_vsock_virtio_transport", "virtiofs"] {
-        // Over virtio-serial there is no such device.
-        let devices = fs::read_dir(Path::new("/sys/bus/virtio/drivers").join(driver)).into_iter().flatten().flatten();
-        let numbers = devices.filter_map(|device| number_of(&interrupts, device.file_name().to_str()?));
-        for number in numbers {
-            let path = format!("/proc/irq/{number}/smp_affinity_list");
-            fs::write(&path, "0").map_err(failed("choose the processor of an interrupt"))?;
-        }
-    }
-    Ok(())
-}
-
-/// The number of a device's interrupt: /proc/interrupts has it in front of a line that ends with the device's name.
-fn number_of(interrupts: &str, device: &str) -> Option<u32> {
-    let mut lines = interrupts.lines().filter(|line| line.split_whitespace().next_back() == Some(device));
-    lines.next()?.trim_start().split_once(':')?.0.parse().ok()
+    sched_setaffinity(None, &one).map_err(|errno| failed("stay on one processor")(errno.into()))
 }
 
 /// Lets the calling process run on all processors again.
@@ -170,16 +152,6 @@ fn failed(step: &str) -> impl Fn(io::Error) -> BootError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn interrupts_are_found_by_their_device() {
-        let interrupts = "           CPU0       CPU1\n  5:         10          0  IO-APIC   5-edge      virtio0\n \
-            16:          0          3  IO-APIC   6-edge      virtio10\nNMI:          0          0   Non-maskable interrupts\n";
-        assert_eq!(number_of(interrupts, "virtio0"), Some(5));
-        assert_eq!(number_of(interrupts, "virtio10"), Some(16));
-        assert_eq!(number_of(interrupts, "virtio1"), None);
-        assert_eq!(number_of(interrupts, "interrupts"), None);
-    }
 
     #[test]
     fn the_last_valid_level_counts() {

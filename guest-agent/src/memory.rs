@@ -16,6 +16,8 @@ use rustix::mm::{Advice, madvise};
 const HEAP: usize = 1 << 20;
 /// By how much more than needed the heap grows, in bytes.
 const HEAP_STEP: libc::c_int = 128 << 10;
+/// How many such steps of room the heap has for making a container, which takes two.
+const HEAP_ROOM: usize = 3;
 /// The program's file, by its name in the guest.
 const PROGRAM: &str = "/init";
 /// How much stack the agent uses at most, in bytes.
@@ -69,8 +71,9 @@ fn grow_heap() {
     unsafe { libc::mallopt(libc::M_TOP_PAD, HEAP_STEP) };
     // SAFETY: as above.
     unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP as libc::c_int) };
-    // Less than what is mapped for itself: the heap is short of room, and grows.
-    drop(std::hint::black_box(Vec::<u8>::with_capacity(HEAP_STEP as usize - 4096)));
+    // Each is less than what is mapped for itself: the heap is short of room, and grows.
+    let room = [(); HEAP_ROOM].map(|()| Vec::<u8>::with_capacity(HEAP_STEP as usize - 4096));
+    drop(std::hint::black_box(room));
 }
 
 /// Has the stack be as large as it will be; that part of it.
