@@ -342,6 +342,27 @@ static void check_growth(void)
 	close(compact);
 }
 
+// What of the kernel's map of all memory is in pages of 4 KiB, in KiB.
+static long mapped_small(void)
+{
+	FILE *meminfo = fopen("/proc/meminfo", "r");
+	char line[128];
+	long size = 0;
+
+	while (meminfo && fgets(line, sizeof(line), meminfo))
+		sscanf(line, "DirectMap4k: %ld", &size);
+	if (meminfo)
+		fclose(meminfo);
+	return size;
+}
+
+// Where page tables are kept apart, little else is mapped in small pages: two blocks of 2 MiB, and the odd end of memory.
+static void check_tables(void)
+{
+	if (file_has("/proc/pagetypeinfo", "PageTable"))
+		expect(mapped_small() > 0 && mapped_small() <= 6144, "memory", "mapped in large pages");
+}
+
 // getpid by its 32-bit number and gate: the kernel runs 32-bit programs.
 static void check_32bit(void)
 {
@@ -362,6 +383,7 @@ int main(void)
 
 	check_files();
 	check_network();
+	check_tables();
 	check_growth();
 	if (getenv("CHECK_32BIT"))
 		check_32bit();

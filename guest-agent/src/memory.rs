@@ -38,6 +38,8 @@ struct Layout {
 
 /// Has the memory of this process, PID 1, be there, and that of its copies from now on. `/proc` must be mounted.
 pub(crate) fn settle() {
+    // Libraries ask the processor once for each process what it can do, which is an exit for each question.
+    std::hint::black_box(std::arch::is_x86_feature_detected!("avx2"));
     grow_heap();
     let stack = grow_stack();
     let map = fs::read_to_string("/proc/self/maps").unwrap_or_default();
