@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::ptr;
 use std::sync::OnceLock;
 
-use rustix::mm::{Advice, madvise};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 
 /// How much of the heap is asked for, from its beginning: more than making a container takes.
 const HEAP: usize = 1 << 20;
@@ -22,6 +22,8 @@ const HEAP_ROOM: usize = 3;
 const PROGRAM: &str = "/init";
 /// How much stack the agent uses at most, in bytes.
 const STACK: usize = 96 << 10;
+/// What KVM's shadow of a page table gets at once, in bytes of the memory that is mapped: eight entries.
+const GROUP: usize = 32 << 10;
 
 static LAYOUT: OnceLock<Layout> = OnceLock::new();
 
@@ -44,6 +46,8 @@ pub(crate) fn settle() {
     let stack = grow_stack();
     let map = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let layout = LAYOUT.get_or_init(|| Layout::of(&map, stack));
+    let starts = layout.constant.iter().chain(&layout.variable).map(|range| range.start).chain(layout.heap);
+    starts.for_each(complete_group);
     settle_copy();
     layout.variable.iter().for_each(|range| populate(range, Advice::LinuxPopulateWrite));
     if let Some(start) = layout.heap {
@@ -57,6 +61,20 @@ pub(crate) fn settle() {
 pub(crate) fn settle_copy() {
     if let Some(layout) = LAYOUT.get() {
         layout.constant.iter().for_each(|range| populate(range, Advice::LinuxPopulateRead));
+    }
+}
+
+/// Has the pages before a mapping be there, as far as its first group begins with them: beside the page that was touched the
+/// shadow gets no more of a group than what is before the first that is missing.
+fn complete_group(start: usize) {
+    let begin = start & !(GROUP - 1);
+    let gap = begin..start;
+    let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE);
+    // SAFETY: nothing is where this is mapped, and nobody has its address.
+    let mapped = unsafe { mmap_anonymous(ptr::with_exposed_provenance_mut(begin), gap.len(), rights, flags) };
+    // Something else is there, or there is no gap.
+    if mapped.is_ok() {
+        populate(&gap, Advice::LinuxPopulateWrite);
     }
 }
 
@@ -122,6 +140,28 @@ fn parse(range: &str) -> Option<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_group_is_completed_where_nothing_is_and_nowhere_else() {
+        let page = rustix::param::page_size();
+        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        // SAFETY: it is mapped where nothing is.
+        let base = unsafe { mmap_anonymous(ptr::null_mut(), 2 * GROUP, rights, flags) }.unwrap().expose_provenance();
+        let group = base.next_multiple_of(GROUP);
+        let at = |page_of_group: usize| ptr::with_exposed_provenance_mut::<u8>(group + page_of_group * page);
+        // SAFETY: these pages are this test's.
+        unsafe { at(4).write(1) };
+        complete_group(group + 5 * page);
+        // SAFETY: as above.
+        assert_eq!(unsafe { at(4).read() }, 1);
+        // SAFETY: nobody uses them.
+        unsafe { rustix::mm::munmap(at(0).cast(), 3 * page) }.unwrap();
+        complete_group(group + 3 * page);
+        for page_of_group in 0..3 {
+            // SAFETY: it looks whether something is mapped there.
+            unsafe { madvise(at(page_of_group).cast(), page, Advice::Normal) }.unwrap();
+        }
+    }
 
     #[test]
     fn code_variables_heap_and_stack_are_found() {
