@@ -297,18 +297,25 @@ static void check_network(void)
 	expect(socket(AF_INET6, SOCK_STREAM, 0) >= 0, "socket", "inet6");
 }
 
+// The number behind a name that begins a line of this file; 0 where there is none.
+static size_t number_in(const char *path, const char *name)
+{
+	char line[128];
+	size_t number = 0, length = strlen(name);
+	FILE *file = fopen(path, "r");
+
+	while (file && fgets(line, sizeof(line), file))
+		if (!strncmp(line, name, length))
+			number = strtoul(line + length, NULL, 10);
+	if (file)
+		fclose(file);
+	return number;
+}
+
 // What the page allocator has at hand, in bytes: without memory that is not initialised yet.
 static size_t at_hand(void)
 {
-	char line[80];
-	size_t pages = 0;
-	FILE *vmstat = fopen("/proc/vmstat", "r");
-
-	while (vmstat && fgets(line, sizeof(line), vmstat) && !sscanf(line, "nr_free_pages %zu", &pages))
-		;
-	if (vmstat)
-		fclose(vmstat);
-	return pages * 4096;
+	return number_in("/proc/vmstat", "nr_free_pages ") * 4096;
 }
 
 // All memory is shown, little of it is initialised, and what is used later is good.
@@ -342,25 +349,13 @@ static void check_growth(void)
 	close(compact);
 }
 
-// What of the kernel's map of all memory is in pages of 4 KiB, in KiB.
-static long mapped_small(void)
-{
-	FILE *meminfo = fopen("/proc/meminfo", "r");
-	char line[128];
-	long size = 0;
-
-	while (meminfo && fgets(line, sizeof(line), meminfo))
-		sscanf(line, "DirectMap4k: %ld", &size);
-	if (meminfo)
-		fclose(meminfo);
-	return size;
-}
-
 // Where page tables are kept apart, little else is mapped in small pages: two blocks of 2 MiB, and the odd end of memory.
 static void check_tables(void)
 {
+	size_t small = number_in("/proc/meminfo", "DirectMap4k:");
+
 	if (file_has("/proc/pagetypeinfo", "PageTable"))
-		expect(mapped_small() > 0 && mapped_small() <= 6144, "memory", "mapped in large pages");
+		expect(small > 0 && small <= 6144, "memory", "mapped in large pages");
 }
 
 // getpid by its 32-bit number and gate: the kernel runs 32-bit programs.

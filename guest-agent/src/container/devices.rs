@@ -77,7 +77,7 @@ pub(super) fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> io::Result
     attach(&program, &File::open(cgroup)?)
 }
 
-/// Allows everything at the cgroup. The kernel has a region of 2 MiB for such programs, which it fills when it loads the
+/// Allows everything at the cgroup. The kernel has a region for such programs, which it fills when it loads the
 /// first one, and frees with the last: with this one there a container waits for neither.
 pub(crate) fn allow_all(cgroup: &Path) -> io::Result<()> {
     let everything = Rule { allow: true, kind: None, major: None, minor: None, access: ALL };

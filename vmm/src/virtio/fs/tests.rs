@@ -469,6 +469,7 @@ fn what_waits_for_a_disk_is_left_to_the_devices_thread() {
     let attendant = guest.device.attendant().unwrap();
     for (what, arguments, room, long) in [
         (Opcode::Read, read.as_slice(), 1 << 20, false),
+        (Opcode::Read, read.as_slice(), 4096, false),
         (Opcode::Fsync, &sync, 256, true),
         (Opcode::Getattr, &[0; 16], 256, false),
     ] {
