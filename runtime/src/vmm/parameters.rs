@@ -5,7 +5,6 @@ use std::fs;
 use runvm_protocol::VSOCK_PORT;
 
 use super::Machine;
-use super::probe::Accelerator;
 
 /// For any machine.
 const COMMON: [&str; 7] =
@@ -26,17 +25,30 @@ pub fn builtin(console: bool) -> String {
     words.join(" ")
 }
 
-/// For a machine of QEMU's. `counter_khz` is the [rate of the host's counter](host_counter_khz), and matters to TCG alone.
-pub fn qemu(machine: &Machine, counter_khz: Option<u64>) -> String {
+/// What the parameters depend on where QEMU executes the guest itself (TCG).
+#[derive(Debug)]
+pub struct Translator {
+    /// The [rate of the host's counter](host_counter_khz) in kHz, where it is known.
+    pub counter_khz: Option<u64>,
+    /// Whether the guest's processors may run at once.
+    pub parallel: bool,
+}
+
+/// For a machine of QEMU's, where that executes the guest itself with its translator.
+pub fn qemu(machine: &Machine, translator: Option<&Translator>) -> String {
     let mut words = common(machine.console.is_some());
-    if machine.accelerator == Accelerator::Tcg {
+    if let Some(translator) = translator {
         // A guest measures the rates that it is not told, and does so wrongly on a busy host.
         words.push(format!("lapic_timer_khz={QEMU_LAPIC_TIMER_KHZ}"));
-        words.push(match counter_khz {
+        words.push(match translator.counter_khz {
             // QEMU keeps the counter from ever going back; what the kernel would check it with loses ticks.
             Some(khz) => format!("tsc_early_khz={khz} lpj={} tsc=reliable", khz * 1000 / GUEST_HZ),
             None => "no_timer_check".to_owned(),
         });
+        if !translator.parallel {
+            // The others stay off, but a list of processors may name them.
+            words.push("maxcpus=1".to_owned());
+        }
     }
     words.join(" ")
 }
@@ -68,11 +80,30 @@ fn common(console: bool) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::log;
-    use crate::vmm::probe::Kvm;
+    use crate::vmm::probe::{Accelerator, Kvm};
 
     #[test]
     fn the_console_costs_nothing_unless_it_is_asked_for() {
-        let mut machine = Machine {
+        let mut machine = machine();
+        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
+            assert!(parameters.contains("loglevel=0") && !parameters.contains("console="), "{parameters}");
+        }
+        machine.console = Some("/tmp/console".into());
+        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
+            assert!(parameters.contains("console=ttyS0") && !parameters.contains("loglevel="), "{parameters}");
+        }
+    }
+
+    #[test]
+    fn one_processor_is_used_where_the_translator_is_not_up_to_more() {
+        for (parallel, told) in [(true, false), (false, true)] {
+            let parameters = qemu(&machine(), Some(&Translator { counter_khz: None, parallel }));
+            assert_eq!(parameters.contains("maxcpus=1"), told, "{parameters}");
+        }
+    }
+
+    fn machine() -> Machine {
+        Machine {
             accelerator: Accelerator::Kvm(Kvm::Pvm),
             vcpus: 2,
             memory: 512 << 20,
@@ -82,13 +113,6 @@ mod tests {
             console: None,
             log: log::Options::default(),
             cgroup: None,
-        };
-        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
-            assert!(parameters.contains("loglevel=0") && !parameters.contains("console="), "{parameters}");
-        }
-        machine.console = Some("/tmp/console".into());
-        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
-            assert!(parameters.contains("console=ttyS0") && !parameters.contains("loglevel="), "{parameters}");
         }
     }
 

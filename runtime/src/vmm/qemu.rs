@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use command_fds::{CommandFdExt as _, FdMapping};
@@ -15,6 +16,7 @@ use runvm_protocol::{SERIAL_PORT_NAME, SHARE_TAG};
 use tokio::process::Command;
 
 use super::assets::Assets;
+use super::parameters::Translator;
 use super::probe::{Accelerator, Kvm};
 use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError, parameters};
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
@@ -24,6 +26,13 @@ use crate::share;
 const PROGRAM: &str = "qemu-system-x86_64";
 /// The first descriptor number that QEMU gets for its connections; those below are its stdio.
 const FIRST_FD: i32 = 3;
+/// The first version whose translator is to be trusted with several processors at once. Before, what one of them translates
+/// while another writes there can stay as it was: such a processor never sees that the kernel has patched itself, and hangs.
+/// In turn instead (`thread=single`) they wait for each other, for seconds in a start.
+const TRANSLATES_IN_PARALLEL: (u32, u32) = (8, 1);
+
+/// How long the program may take to tell its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(10);
 
 /// The backend over the distribution's QEMU.
 #[derive(Debug)]
@@ -57,9 +66,15 @@ impl Vmm for Qemu {
         let mut share = spawn_share(&machine)?;
         let (ours, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
         let mut arguments = Arguments::default();
-        let counter_khz = parameters::host_counter_khz().filter(|_| machine.accelerator == Accelerator::Tcg);
-        let parameters = parameters::qemu(&machine, counter_khz);
-        arguments.machine(&machine, &kernel, &initramfs, counter_khz);
+        let translator = match machine.accelerator {
+            Accelerator::Kvm(_) => None,
+            Accelerator::Tcg => Some(Translator {
+                counter_khz: parameters::host_counter_khz(),
+                parallel: machine.vcpus == 1 || version().await >= Some(TRANSLATES_IN_PARALLEL),
+            }),
+        };
+        let parameters = parameters::qemu(&machine, translator.as_ref());
+        arguments.machine(&machine, &kernel, &initramfs, translator.as_ref());
         arguments.channel(theirs.into());
         arguments.share(share.connect()?);
         for nic in machine.nics {
@@ -102,6 +117,20 @@ impl Vmm for Qemu {
     }
 }
 
+/// The program's major and minor version; none where it does not tell.
+async fn version() -> Option<(u32, u32)> {
+    let output = Command::new(PROGRAM).arg("--version").stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = tokio::time::timeout(VERSION_LIMIT, output).await.ok()?.ok()?;
+    parse_version(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// Finds the version in the line "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)".
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let (_, version) = text.split_once(" version ")?;
+    let mut numbers = version.split(|other: char| !other.is_ascii_digit()).map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
 fn spawn_share(machine: &Machine) -> Result<share::Daemon, VmmError> {
     let mut program = own_program();
     machine.settle(&mut program)?;
@@ -140,7 +169,7 @@ impl Arguments {
         child_fd
     }
 
-    fn machine(&mut self, machine: &Machine, kernel: &Path, initramfs: &Path, counter_khz: Option<u64>) {
+    fn machine(&mut self, machine: &Machine, kernel: &Path, initramfs: &Path, translator: Option<&Translator>) {
         let (accelerator, processor) = match machine.accelerator {
             Accelerator::Kvm(Kvm::Ordinary) => ("kvm", "host"),
             // With this feature QEMU asks a PVM host for a register that it does not have, and aborts.
@@ -150,10 +179,9 @@ impl Arguments {
         };
         let megabytes = machine.memory >> 20;
         // Without KVM's clock a guest asks an RTC for the time; one that is not there, for a whole second.
-        let tcg = machine.accelerator == Accelerator::Tcg;
-        let rtc = if tcg { "on" } else { "off" };
+        let rtc = if translator.is_some() { "on" } else { "off" };
         // Where a guest is not told its counter's rate, it measures it by the PIT, and waits while it does.
-        let pit = if tcg && counter_khz.is_none() { "on" } else { "off" };
+        let pit = if translator.is_some_and(|translator| translator.counter_khz.is_none()) { "on" } else { "off" };
         let serial = if machine.console.is_some() { "on" } else { "off" };
         self.add(&[
             "-accel",
@@ -241,6 +269,19 @@ fn whereabouts(place: u64) -> String {
 mod tests {
     use super::*;
     use std::os::fd::AsRawFd as _;
+
+    #[test]
+    fn the_version_is_found_in_what_the_program_says() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022\n";
+        assert_eq!(parse_version(debian), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 10.0.0\n"), Some((10, 0)));
+        assert_eq!(parse_version("QEMU emulator version 11.1-rc0"), Some((11, 1)));
+        for unknown in
+            ["", "version 8.1", "QEMU emulator version ", "QEMU emulator version 8", "QEMU emulator version x.1"]
+        {
+            assert_eq!(parse_version(unknown), None, "{unknown}");
+        }
+    }
 
     #[test]
     fn each_descriptor_gets_a_number_of_its_own() {
