@@ -16,6 +16,7 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use super::elsewhere;
 use crate::Memory;
 
 /// Below 4 GiB there is memory up to here; beyond are devices.
@@ -171,7 +172,9 @@ pub fn from_file(size: u64, file: &File, contents: &[Content]) -> Result<(Memory
         let work = work.clone();
         move || work.take_part()
     });
-    Ok((memory, Filling { work, helper: Some(helper.map_err(MemoryError::File)?) }))
+    let helper = helper.map_err(MemoryError::File)?;
+    elsewhere::send(&helper);
+    Ok((memory, Filling { work, helper: Some(helper) }))
 }
 
 /// The copying of a file into memory, by a thread of its own and who waits for it.

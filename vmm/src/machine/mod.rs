@@ -1,6 +1,7 @@
 //! A machine: memory, processors and devices, from its making to its end.
 
 mod bus;
+mod elsewhere;
 pub mod memory;
 mod origin;
 mod snapshot;
