@@ -7,8 +7,16 @@ use runvm_protocol::VSOCK_PORT;
 use super::Machine;
 
 /// For any machine.
-const COMMON: [&str; 7] =
-    ["noreplace-smp", "pci=off", "reboot=t", "panic=-1", "random.trust_cpu=on", "dummy.numdummies=0", "irqaffinity=0"];
+const COMMON: [&str; 8] = [
+    "noreplace-smp",
+    "pci=off",
+    "reboot=t",
+    "panic=-1",
+    "random.trust_cpu=on",
+    "dummy.numdummies=0",
+    "irqaffinity=0",
+    "rcupdate.rcu_expedited=1",
+];
 
 /// How fast the local APIC's timer of QEMU's own processors counts: once in a nanosecond.
 const QEMU_LAPIC_TIMER_KHZ: u32 = 1_000_000;
