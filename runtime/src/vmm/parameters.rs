@@ -42,7 +42,7 @@ pub struct Translator {
     pub parallel: bool,
 }
 
-/// For a machine of QEMU's, where that executes the guest itself with its translator.
+/// For a machine of QEMU's; `translator` is there where QEMU executes the guest itself.
 pub fn qemu(machine: &Machine, translator: Option<&Translator>) -> String {
     let mut words = common(machine.console.is_some());
     if let Some(translator) = translator {
