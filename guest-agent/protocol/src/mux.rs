@@ -208,6 +208,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_guest_that_grants_more_than_counts_is_refused() {
+        let (ours, mut theirs) = tokio::io::duplex(64);
+        let (_opener, driver) = host(ours);
+        // A window update that opens stream 2 and grants it 2^32 - 1 bytes besides its first window.
+        theirs.write_all(&[0, 1, 0, 1, 0, 0, 0, 2, 0xff, 0xff, 0xff, 0xff]).await.unwrap();
+        tokio::spawn(driver.run());
+        // It begins with a ping.
+        let mut answers = [0; 2 * HEADER];
+        theirs.read_exact(&mut answers).await.unwrap();
+        assert_eq!(answers[HEADER..], [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], "go away, for an error of the protocol");
+    }
+
+    #[tokio::test]
     async fn opening_on_a_dead_channel_fails() {
         let (ours, theirs) = tokio::io::duplex(64);
         let (opener, driver) = host(ours);
