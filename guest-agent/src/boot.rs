@@ -9,7 +9,6 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::RebootCommand;
-use rustix::thread::{CpuSet, sched_setaffinity};
 use tracing::level_filters::LevelFilter;
 
 use crate::container;
@@ -43,6 +42,8 @@ pub(crate) struct Parameters {
     pub(crate) log_level: LevelFilter,
     /// `runvm.vsock=PORT`: the channel is vsock, on this port. Without it, it is the virtio-serial port.
     pub(crate) vsock_port: Option<u32>,
+    /// `runvm.processors=late`: the kernel has left all but the first off, for the agent to bring up.
+    pub(crate) late_processors: bool,
 }
 
 impl Parameters {
@@ -56,6 +57,7 @@ impl Parameters {
         Self {
             log_level: last("runvm.log=").and_then(|level| level.parse().ok()).unwrap_or(LevelFilter::INFO),
             vsock_port: last("runvm.vsock=").and_then(|port| port.parse().ok()),
+            late_processors: last("runvm.processors=") == Some("late"),
         }
     }
 }
@@ -94,21 +96,6 @@ pub(crate) fn grant() -> Result<(), BootError> {
         .map_err(|errno| failed("raise the limit of processes")(errno.into()))
 }
 
-/// Keeps the agent, and all that it does for a container, on one processor, where the interrupts of its devices are too:
-/// waking another costs more than there is to do, above all where the host has no more processors than its guests.
-pub(crate) fn stay_on_one_processor() -> Result<(), BootError> {
-    let mut one = CpuSet::new();
-    one.set(0);
-    sched_setaffinity(None, &one).map_err(|errno| failed("stay on one processor")(errno.into()))
-}
-
-/// Lets the calling process run on all processors again.
-pub(crate) fn use_all_processors() -> rustix::io::Result<()> {
-    let mut all = CpuSet::new();
-    (0..CpuSet::MAX_CPU).for_each(|processor| all.set(processor));
-    sched_setaffinity(None, &all)
-}
-
 /// Ends the guest. A VMM run for one boot sees a reboot as its end.
 pub(crate) fn end_guest() -> ! {
     loop {
@@ -145,7 +132,8 @@ fn make_dir(path: &str) -> io::Result<PathBuf> {
     }
 }
 
-fn failed(step: &str) -> impl Fn(io::Error) -> BootError {
+/// Says of which step an error is.
+pub(crate) fn failed(step: &str) -> impl Fn(io::Error) -> BootError {
     move |source| BootError { step: step.to_owned(), source }
 }
 
@@ -166,5 +154,11 @@ mod tests {
         assert_eq!(Parameters::parse("quiet runvm.vsock=1 runvm.vsock=1023").vsock_port, Some(1023));
         assert_eq!(Parameters::parse("runvm.vsock=").vsock_port, None);
         assert_eq!(Parameters::parse("quiet").vsock_port, None);
+    }
+
+    #[test]
+    fn processors_that_are_off_stay_so_unless_they_are_late() {
+        assert!(Parameters::parse("maxcpus=1 runvm.processors=late").late_processors);
+        assert!(!Parameters::parse("maxcpus=1").late_processors);
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -103,6 +104,29 @@ pub(crate) fn split(work: impl FnOnce() -> i32) -> io::Result<Pid> {
     // SAFETY: the agent has one thread, so the copy has everything that it may need.
     let forked = unsafe { libc::fork() };
     continue_as(forked.into(), work)
+}
+
+/// What a process beside this one has as its stack, in units of 16 bytes: for a few calls, and no more.
+const SMALL_STACK: usize = (16 << 10) / 16;
+
+/// Runs `work` in a process of its own that has the memory of this one and a copy of its files, which exits with what it
+/// returns: nothing is copied for it. Stack and argument stay when it has ended.
+///
+/// `work` must only make system calls, not by the C library: all else may be in the middle of something in this process.
+pub(crate) fn beside<T: Sync + 'static>(argument: T, work: fn(&T) -> i32) -> io::Result<Pid> {
+    extern "C" fn begin<T>(task: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it is the task of this very type that is leaked below.
+        let (argument, work) = unsafe { &*task.cast::<(T, fn(&T) -> i32)>() };
+        work(argument)
+    }
+    let stack: &mut [u128] = Box::leak(vec![0; SMALL_STACK].into_boxed_slice());
+    let task: &(T, fn(&T) -> i32) = Box::leak(Box::new((argument, work)));
+    let top = stack.as_mut_ptr_range().end;
+    let flags = libc::CLONE_VM | libc::SIGCHLD;
+    // SAFETY: the stack is aligned, and nobody else's; the task is there for ever, may be looked at by several, and leaves
+    // alone what this process may be changing.
+    let pid = unsafe { libc::clone(begin::<T>, top.cast(), flags, ptr::from_ref(task).cast_mut().cast()) };
+    Pid::from_raw(pid).filter(|_| pid > 0).ok_or_else(io::Error::last_os_error)
 }
 
 fn continue_as(forked: libc::c_long, work: impl FnOnce() -> i32) -> io::Result<Pid> {

@@ -11,6 +11,7 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::container::Containers;
+use crate::processors::Late;
 use crate::reaper::Reaper;
 use crate::stdio::{HeldStreams, HostStream, Stream};
 use crate::{dns, log, loopback, service};
@@ -26,9 +27,9 @@ pub(crate) struct Dispatcher {
 
 impl Dispatcher {
     /// Starts the services, which run as long as the server is kept.
-    pub(crate) async fn start(reaper: Reaper) -> ttrpc::Result<(Self, Server)> {
+    pub(crate) async fn start(reaper: Reaper, processors: Late) -> ttrpc::Result<(Self, Server)> {
         let held = HeldStreams::default();
-        let containers = Arc::new(Containers::new(reaper, held.clone()));
+        let containers = Arc::new(Containers::new(reaper, processors, held.clone()));
         let (control, connections) = mpsc::channel(16);
         let connections = stream::unfold(connections, |mut connections| async move {
             connections.recv().await.map(|connection| (connection, connections))

@@ -13,6 +13,7 @@ mod log;
 mod loopback;
 mod memory;
 mod network;
+mod processors;
 mod readiness;
 mod reaper;
 mod sandbox;
@@ -33,6 +34,7 @@ use runvm_protocol::mux;
 use tokio::io::BufStream;
 
 use self::dispatch::Dispatcher;
+use self::processors::Late;
 use self::reaper::Reaper;
 use self::serial::Serial;
 
@@ -59,12 +61,13 @@ fn boot() -> Result<Infallible, Box<dyn Error>> {
     log::init(parameters.log_level);
     log::stage("agent main");
     boot::grant()?;
-    boot::stay_on_one_processor()?;
+    processors::stay_on_one()?;
     memory::settle();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let reaper = Reaper::default();
-        let (dispatcher, _server) = Dispatcher::start(reaper.clone()).await?;
+        let late = if parameters.late_processors { Late::bring_up(&reaper)? } else { Late::default() };
+        let (dispatcher, _server) = Dispatcher::start(reaper.clone(), late).await?;
         tokio::select! {
             error = reaper.run() => Err(error.into()),
             served = serve(Arc::new(dispatcher), parameters.vsock_port) => served,

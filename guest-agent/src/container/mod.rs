@@ -38,6 +38,7 @@ use self::exec::{Door, Visitor};
 use self::nodes::Nodes;
 use self::spec::{GuestSpec, SpecError};
 use crate::error::RequestError;
+use crate::processors::Late;
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Attached, HeldStreams, Streams, window};
 use crate::sync::lock;
@@ -51,6 +52,7 @@ const MAX_EXECS: usize = 256;
 /// All containers.
 pub(crate) struct Containers {
     reaper: Reaper,
+    processors: Late,
     held: HeldStreams,
     user_namespace: OnceLock<Arc<UserNamespace>>,
     /// `None` for one that is being made.
@@ -87,8 +89,8 @@ struct Process {
 }
 
 impl Containers {
-    pub(crate) fn new(reaper: Reaper, held: HeldStreams) -> Self {
-        Self { reaper, held, user_namespace: OnceLock::new(), containers: Mutex::default() }
+    pub(crate) fn new(reaper: Reaper, processors: Late, held: HeldStreams) -> Self {
+        Self { reaper, processors, held, user_namespace: OnceLock::new(), containers: Mutex::default() }
     }
 
     /// Has the containers that ask for a user namespace be in this one.
@@ -186,6 +188,8 @@ impl Containers {
             return Err(RequestError::Stopped);
         }
         container.change(Phase::Created, Phase::Running, RequestError::AlreadyStarted)?;
+        // A program counts them as it begins.
+        self.processors.arrival().await;
         container.starter.start().await.map_err(RequestError::system("start the container"))?;
         log::stage("start");
         Ok(())

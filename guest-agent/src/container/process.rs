@@ -25,7 +25,7 @@ use tokio::net::unix::pipe;
 
 use super::program::describe;
 use super::spec::SpecError;
-use crate::boot;
+use crate::processors;
 use crate::stdio::ChildEnds;
 
 /// The longest sentence that is taken from a process on its way.
@@ -138,7 +138,7 @@ fn connect_stdio(stdio: &Stdio, console: BorrowedFd<'_>, process: &Process, is_f
 /// Takes the process to its working directory, and makes it its user's, with no more than that user may.
 pub(super) fn settle(process: &Process, filter: Option<&LinuxSeccomp>) -> Result<(), String> {
     // Before the filter, which may forbid it.
-    boot::use_all_processors().map_err(failed("use all processors"))?;
+    processors::use_all().map_err(failed("use all processors"))?;
     let unprivileged_filter = process.no_new_privileges().unwrap_or_default();
     if unprivileged_filter {
         rustix::thread::set_no_new_privs(true).map_err(failed("set process.noNewPrivileges"))?;

@@ -24,9 +24,21 @@ const QEMU_LAPIC_TIMER_KHZ: u32 = 1_000_000;
 /// How many jiffies there are in a second of the guest's kernels.
 const GUEST_HZ: u64 = 250;
 
+/// When a guest's processors come up, the first aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processors {
+    /// While the kernel boots: for a guest that others are to be like, which have them from the beginning.
+    AtBoot,
+    /// After that, beside what the agent does for the first container.
+    Late,
+}
+
 /// For a machine of the built-in VMM, whose console is shown or not.
-pub fn builtin(console: bool) -> String {
+pub fn builtin(console: bool, processors: Processors) -> String {
     let mut words = common(console);
+    if processors == Processors::Late {
+        words.extend(["maxcpus=1", "runvm.processors=late"].map(str::to_owned));
+    }
     // The processor's own counter jumps by the time that a machine rests in a file.
     words.push("clocksource=kvm-clock".to_owned());
     words.push(format!("runvm.vsock={VSOCK_PORT}"));
@@ -93,11 +105,11 @@ mod tests {
     #[test]
     fn the_console_costs_nothing_unless_it_is_asked_for() {
         let mut machine = machine();
-        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
+        for parameters in [qemu(&machine, None), builtin(machine.console.is_some(), Processors::Late)] {
             assert!(parameters.contains("loglevel=0") && !parameters.contains("console="), "{parameters}");
         }
         machine.console = Some("/tmp/console".into());
-        for parameters in [qemu(&machine, None), builtin(machine.console.is_some())] {
+        for parameters in [qemu(&machine, None), builtin(machine.console.is_some(), Processors::Late)] {
             assert!(parameters.contains("console=ttyS0") && !parameters.contains("loglevel="), "{parameters}");
         }
     }

@@ -12,11 +12,12 @@ use runvm_vmm::virtio::balloon::{Backing, Balloon};
 use runvm_vmm::virtio::block::Block;
 use runvm_vmm::virtio::net::Net;
 use runvm_vmm::virtio::rng::Rng;
-use runvm_vmm::virtio::transport::{SavedTransport, Transport};
+use runvm_vmm::virtio::transport::{LIST, LIST_SIZE, LISTED_READ, SavedTransport, Transport};
 use runvm_vmm::virtio::vsock::Vsock;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use virtio_queue::QueueState;
+use vm_memory::{Bytes as _, GuestAddress};
 
 use crate::bench::mutate;
 use crate::guest::{Guest, raw};
@@ -104,6 +105,23 @@ impl Board {
             }
         }
         self.write(NOTIFY, queue as u32);
+        Ok(())
+    }
+
+    /// Tells the device of a list of accesses.
+    pub fn write_list(&mut self, u: &mut Unstructured<'_>) -> Result<()> {
+        let place = if u.ratio(7, 8)? { u.int_in_range(0..=16)? } else { u.arbitrary()? };
+        let length = if u.ratio(7, 8)? { u.int_in_range(0..=8)? } else { u.arbitrary()? };
+        let mut list = [length, 0].map(u32::to_le_bytes).concat();
+        for _ in 0..length.min(8) {
+            let register = if u.ratio(1, 8)? { u.arbitrary()? } else { 4 * u.int_in_range(0..=0x4f)? };
+            let value = if u.ratio(1, 4)? { u.arbitrary()? } else { u.int_in_range(0..=16)? };
+            let read = if u.arbitrary()? { LISTED_READ } else { 0 };
+            list.extend([register | read, value].map(u32::to_le_bytes).concat());
+        }
+        // Where no memory is there is no list.
+        let _ = self.guest.memory().write_slice(&list, GuestAddress(u64::from(place) * LIST_SIZE as u64));
+        self.write(LIST, place);
         Ok(())
     }
 

@@ -16,7 +16,7 @@ fn play(u: &mut Unstructured<'_>) -> Result<()> {
         board.start(u)?;
     }
     while !u.is_empty() {
-        match u.int_in_range(0..=15)? {
+        match u.int_in_range(0..=17)? {
             0..=5 => {
                 let register = 4 * u.int_in_range(0..=0x4f)?;
                 let value = if u.ratio(1, 4)? { u.arbitrary()? } else { u.int_in_range(0..=16)? };
@@ -33,6 +33,7 @@ fn play(u: &mut Unstructured<'_>) -> Result<()> {
             }
             10..=13 => board.disturb(u)?,
             14 => board.move_on(u)?,
+            15 | 16 => board.write_list(u)?,
             _ => board.start(u)?,
         }
     }

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use vm_memory::{Address as _, Bytes as _, GuestAddress};
 
-use super::driver::{Driver, Piece};
-use super::transport::{QUEUE_INTERRUPTS, Transport};
+use super::driver::{Driver, MEMORY, Piece};
+use super::transport::{LIST, LIST_SIZE, LISTED_READ, QUEUE_INTERRUPTS, Transport};
 use super::*;
 
 const QUEUE_SIZE: u16 = 16;
@@ -86,6 +87,18 @@ fn start_with(transport: &mut Transport, features: u64) {
     write(transport, 0x70, 15);
 }
 
+/// Puts a list of accesses into the memory, and tells the device of it; what it has for their values then.
+fn access(transport: &mut Transport, driver: &Driver, place: u32, length: u32, accesses: &[(u32, u32)]) -> Vec<u32> {
+    let memory = &driver.io.memory;
+    let address = GuestAddress(u64::from(place) * LIST_SIZE as u64);
+    let words = accesses.iter().flat_map(|&(register, value)| [register, value]);
+    let list: Vec<u8> = [length, 0].into_iter().chain(words).flat_map(u32::to_le_bytes).collect();
+    memory.write_slice(&list, address).unwrap();
+    write(transport, LIST, place);
+    let value = |index| memory.read_obj(address.unchecked_add(8 * index as u64 + 12)).unwrap();
+    (0..accesses.len()).map(value).collect()
+}
+
 fn await_interrupt(driver: &Driver) {
     poll(&mut [PollFd::new(&*driver.line, PollFlags::IN)], None).unwrap();
     driver.line.clear();
@@ -111,6 +124,42 @@ fn a_device_is_found_started_served_and_reset() {
     }
     write(&mut transport, 0x70, 0);
     assert_eq!((read(&mut transport, 0x70), read(&mut transport, 0x44)), (0, 0));
+}
+
+#[test]
+fn a_list_of_accesses_is_as_good_as_each_of_them() {
+    const PLACE: u32 = 0x2000;
+    let mut driver = Driver::new(&Inverter);
+    let mut transport = transport(&driver);
+    let find = [(0x70, 0), (0x70, 3), (0x14, 1), (LISTED_READ | 0x10, 7), (LISTED_READ | 0x100, 7)];
+    let found = access(&mut transport, &driver, PLACE, 5, &find);
+    assert_eq!(found, [0, 3, 1, 1 | (QUEUE_INTERRUPTS >> 32) as u32, 0x0403_0201]);
+    let features = [(0x24, 1), (0x20, 1), (0x24, 0), (0x20, FEATURE as u32), (0x70, 11), (LISTED_READ | 0x70, 0)];
+    assert_eq!(access(&mut transport, &driver, PLACE, 6, &features)[5], 11);
+    let queue =
+        [(0x30, 0), (0x38, QUEUE_SIZE.into()), (0x80, 0), (0x90, 0x8000), (0xa0, 0xc000), (0x44, 1), (0x70, 15)];
+    access(&mut transport, &driver, PLACE, 7, &queue);
+    let request = driver.put(0, &[Piece::Readable(b"x"), Piece::Writable(1)]);
+    access(&mut transport, &driver, PLACE, 1, &[(0x50, 0)]);
+    await_interrupt(&driver);
+    assert_eq!(driver.used(0), Some((request.head, 1)));
+}
+
+#[test]
+fn a_list_is_no_longer_than_it_is() {
+    let driver = Driver::new(&Inverter);
+    let mut transport = transport(&driver);
+    let reads = [(LISTED_READ, 0); LIST_SIZE / 8];
+    let read = access(&mut transport, &driver, 1, u32::MAX, &reads);
+    let (last, all) = read.split_last().unwrap();
+    assert!(all.iter().all(|&value| value == u32::from_le_bytes(*b"virt")), "{all:x?}");
+    assert_eq!(*last, 0, "what follows a list is not its own");
+    // A list that tells of itself.
+    access(&mut transport, &driver, 1, 2, &[(LIST as u32, 1), (LISTED_READ | LIST as u32, 1)]);
+    // Where no memory is.
+    for place in [(MEMORY / LIST_SIZE) as u32, u32::MAX] {
+        write(&mut transport, LIST, place);
+    }
 }
 
 #[test]

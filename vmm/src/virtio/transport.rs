@@ -11,6 +11,7 @@ use virtio_bindings::virtio_config::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueState, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
 
 use super::worker::Worker;
 use super::{Attendant, ConfigSpace, Device, DeviceError, Interrupt, Io, Kind, Line, Poller, VirtQueue};
@@ -29,6 +30,17 @@ pub const QUEUE_NOTIFY: u64 = 0x50;
 /// vendor's number. It is one of the bits that the specification keeps for later. A device that fails still sets its
 /// bit: the driver reads it when no queue has anything.
 pub const QUEUE_INTERRUPTS: u64 = 1 << 49;
+
+/// Where a driver tells of a list of accesses, by its address in units of its size: a register that the specification leaves
+/// alone.
+///
+/// Linux does so by `kernel/patches/0015-virtio-mmio-set-a-device-up-with-fewer-accesses.patch`, with devices of our
+/// vendor's number.
+pub const LIST: u64 = 0xf8;
+/// How many bytes a list takes: how many accesses follow, in four bytes, four of nothing, and the accesses, in eight each.
+pub const LIST_SIZE: usize = 512;
+/// What an access has in its register's place, besides, that reads.
+pub const LISTED_READ: u32 = 1 << 31;
 
 /// "virt", little endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -238,8 +250,33 @@ impl Transport {
                     kick.raise();
                 }
             }
+            LIST => self.access_listed(value),
             _ => {}
         }
+    }
+
+    /// Makes a list of accesses as if they had come one by one, each of which would be an exit for the guest. An access is
+    /// a register and a value, four bytes each, little endian; with [`LISTED_READ`] the value is where it is read to.
+    fn access_listed(&mut self, place: u32) {
+        let place = GuestAddress(u64::from(place) * LIST_SIZE as u64);
+        let memory = self.memory.clone();
+        let mut list = [[[0; 4]; 2]; LIST_SIZE / 8];
+        if memory.read_slice(list.as_flattened_mut().as_flattened_mut(), place).is_err() {
+            return;
+        }
+        let Some(([length, _], accesses)) = list.split_first_mut() else { return };
+        for [register, value] in accesses.iter_mut().take(u32::from_le_bytes(*length) as usize) {
+            let register = u32::from_le_bytes(*register);
+            let offset = u64::from(register & !LISTED_READ);
+            if register & LISTED_READ != 0 {
+                self.read(offset, value);
+            } else if offset != LIST {
+                // A list of lists could go on for ever.
+                self.write(offset, value);
+            }
+        }
+        // It is where it was read.
+        let _ = memory.write_slice(list.as_flattened().as_flattened(), place);
     }
 
     fn status(&self) -> u32 {

@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case<Hand>> {
     let mut cases = vec![
         case!(the_second_is_forked),
         case!(off_neither_makes_nor_uses_any),
+        case!(processors_are_there_as_a_program_begins),
         case!(the_configuration_says_so),
         case!(require_wants_one),
         case!(list_create_and_remove),
@@ -184,6 +185,22 @@ fn off_neither_makes_nor_uses_any(h: &Hand) -> Result<Outcome> {
         }
     }
     Ok(Outcome::new().see_output("run", &without.output))
+}
+
+/// Those of a machine that boots for its container alone come up after its kernel has booted.
+fn processors_are_there_as_a_program_begins(h: &Hand) -> Result<Outcome> {
+    let templates = Templates::of(h);
+    let bundle = h.bundle("nproc; cat /sys/devices/system/cpu/online; grep Cpus_allowed_list /proc/self/status")?;
+    let off = templates.run_as(&bundle, |cmd| cmd.env("RUNVM_TEMPLATE", "off"))?;
+    let making = templates.run(&bundle)?;
+    let third = templates.run(&bundle)?;
+    if templates.asked() {
+        third.expect_forked()?;
+    }
+    for ran in [&making, &third] {
+        expect_equal("processors", ran.output.stdout.as_str(), off.output.stdout.as_str())?;
+    }
+    Ok(Outcome::new().see_output("run", &off.output))
 }
 
 fn the_configuration_says_so(h: &Hand) -> Result<Outcome> {

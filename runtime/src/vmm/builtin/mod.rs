@@ -28,8 +28,9 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
 use super::assets::Assets;
+use super::parameters::{self, Processors};
 use super::probe::{Accelerator, Kvm};
-use super::{Machine, Vm, Vmm, VmmError, parameters};
+use super::{Machine, Vm, Vmm, VmmError};
 use crate::host::boot_id;
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
 use crate::log;
@@ -79,7 +80,7 @@ impl Builtin {
             program: identity(Path::new("/proc/self/exe"))?,
             kernel: identity(&self.assets.kernel(machine.accelerator)?)?,
             initramfs: identity(&self.assets.initramfs()?)?,
-            parameters: parameters::builtin(false),
+            parameters: parameters::builtin(false, Processors::AtBoot),
             flavour: flavour(machine)?,
             vcpus: machine.vcpus,
             memory: machine.memory,
@@ -106,10 +107,11 @@ impl Builtin {
     }
 
     fn booting(&self, machine: &Machine, console: Option<&Path>, save: bool) -> Result<Beginning, VmmError> {
+        let processors = if save { Processors::AtBoot } else { Processors::Late };
         Ok(Beginning::Boot {
             kernel: self.assets.kernel(machine.accelerator)?,
             initramfs: self.assets.initramfs()?,
-            parameters: parameters::builtin(console.is_some()),
+            parameters: parameters::builtin(console.is_some(), processors),
             console: console.map(Path::to_owned),
             save,
         })
