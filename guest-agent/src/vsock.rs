@@ -1,6 +1,7 @@
 //! The vsock port of the channel, where the machine has a socket device: each connection of the host's is one stream.
 
 use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use rustix::io::Errno;
 use rustix::net::SendFlags;
@@ -51,5 +52,9 @@ impl HostStream for VsockStream {
     fn is_gone(&self) -> bool {
         // Nothing is sent, but an error says whether anything could be.
         rustix::net::send(self, &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT).is_err()
+    }
+
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.as_fd())
     }
 }

@@ -165,7 +165,7 @@ impl Output {
                 Ok(Some(sink))
             }
             Self::Path(path) if is_fifo(path) => {
-                Ok(Some(Box::new(open_to_reader(path).await.map_err(open_error(path))?)))
+                Ok(Some(Sink::Pipe(open_to_reader(path).await.map_err(open_error(path))?)))
             }
             Self::Path(path) => append(path, false).map(Some),
             Self::File(path) => append(path, true).map(Some),
@@ -226,7 +226,7 @@ fn append(path: &Path, make: bool) -> Result<Sink, StdioError> {
         DirBuilder::new().recursive(true).mode(0o755).create(folder).map_err(open_error(folder))?;
     }
     let file = OpenOptions::new().append(true).create(make).mode(0o644).open(path).map_err(open_error(path))?;
-    Ok(Box::new(tokio::fs::File::from_std(file)))
+    Ok(Sink::File(file.into()))
 }
 
 fn open_error(path: &Path) -> impl FnOnce(io::Error) -> StdioError {
@@ -238,7 +238,7 @@ fn open_error(path: &Path) -> impl FnOnce(io::Error) -> StdioError {
 mod tests {
     use super::*;
     use std::io::Write as _;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
     #[test]
     fn addresses_are_told_apart() {
@@ -265,6 +265,10 @@ mod tests {
         stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap()
     }
 
+    fn stdout(opened: &mut Opened) -> Box<dyn AsyncWrite + Send + Unpin> {
+        opened.descriptors.stdout.take().unwrap().into_writer()
+    }
+
     #[tokio::test]
     async fn a_reader_that_comes_after_the_end_finds_all() {
         let folder = tempfile::tempdir().unwrap();
@@ -273,7 +277,7 @@ mod tests {
             let path = path.clone();
             async move {
                 let mut opened = open(&path).await;
-                opened.descriptors.stdout.as_mut().unwrap().write_all(b"all").await.unwrap();
+                stdout(&mut opened).write_all(b"all").await.unwrap();
             }
         });
         tokio::task::yield_now().await;
@@ -290,7 +294,7 @@ mod tests {
         let first = reader();
         let mut opened = open(&path).await;
         drop(first);
-        let out = opened.descriptors.stdout.as_mut().unwrap();
+        let mut out = stdout(&mut opened);
         for text in [b"early", b"later"] {
             out.write_all(text).await.unwrap();
             let mut bytes = [0; 5];
@@ -311,7 +315,8 @@ mod tests {
         assert!(!opening.is_finished());
         tokio::time::advance(READER_LIMIT).await;
         let mut opened = opening.await.unwrap();
-        opened.descriptors.stdout.as_mut().unwrap().write_all(b"some").await.unwrap();
+        let mut out = stdout(&mut opened);
+        out.write_all(b"some").await.unwrap();
         let mut bytes = [0; 4];
         pipe::OpenOptions::new().open_receiver(&path).unwrap().read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"some");
@@ -339,7 +344,8 @@ mod tests {
         let path = folder.path().join("deep/log");
         let stdio = Stdio { stdout: format!("file://{}", path.display()), ..Stdio::default() };
         let descriptors = stdio.open("a", "n", Size::default(), &Streams::default()).await.unwrap().descriptors;
-        for mut sink in [descriptors.stdout.unwrap(), descriptors.stderr.unwrap()] {
+        for sink in [descriptors.stdout.unwrap(), descriptors.stderr.unwrap()] {
+            let mut sink = sink.into_writer();
             sink.write_all(b"x\n").await.unwrap();
             sink.flush().await.unwrap();
         }

@@ -113,7 +113,7 @@ impl Streams {
         let sink = OutgoingSink { pipe: theirs, written: 0, sent: sent.subscribe(), progress: None };
         let outgoing = Outgoing { pipe: ours, pending: Vec::new(), sent };
         let claim = self.claim(id, Pipe::Output(Arc::new(Turn::new(outgoing))))?;
-        Ok((Box::new(sink), claim))
+        Ok((Sink::Stream(Box::new(sink)), claim))
     }
 
     /// The source of an input.
@@ -462,7 +462,8 @@ mod tests {
         let served = Served::begin().await;
         // The client is there first, as containerd is.
         let mut client = served.connect("a-stdout").await;
-        let (mut sink, claim) = served.streams.output("a-stdout").unwrap();
+        let (sink, claim) = served.streams.output("a-stdout").unwrap();
+        let mut sink = sink.into_writer();
         sink.write_all(b"12345").await.unwrap();
         client.widen(2).await;
         assert_eq!(client.data().await.unwrap(), b"12");
@@ -484,7 +485,8 @@ mod tests {
     #[tokio::test]
     async fn who_comes_again_has_the_stream_and_what_was_not_sent() {
         let served = Served::begin().await;
-        let (mut sink, _claim) = served.streams.output("a").unwrap();
+        let (sink, _claim) = served.streams.output("a").unwrap();
+        let mut sink = sink.into_writer();
         let mut first = served.connect("a").await;
         first.widen(3).await;
         sink.write_all(b"abcdef").await.unwrap();

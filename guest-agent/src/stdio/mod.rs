@@ -5,7 +5,7 @@ mod preserved;
 mod relay;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use runvm_protocol::mux::ByteStream;
@@ -43,6 +43,11 @@ pub(crate) enum StdioError {
 pub(crate) trait HostStream: AsyncRead + AsyncWrite + Unpin + Send + Sync {
     /// Whether the host has let go of both directions, not only of its writing.
     fn is_gone(&self) -> bool;
+
+    /// The socket that it is, if it is one.
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Any such stream.

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::fs::FileType;
+use rustix::pipe::SpliceFlags;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::sync::watch;
@@ -48,39 +50,51 @@ pub(super) async fn output(
     report: watch::Sender<Option<u64>>,
     until: Until,
 ) {
-    let mut stream = Some(stream);
+    let mut host = Some(Host::of(stream, source.get_ref()));
     let mut buffer = vec![0; CHUNK];
     let mut carried = 0;
     // How much of what was in the pipe at the process's end is still to be carried.
     let mut due = None;
     loop {
-        let read = tokio::select! {
+        let socket = host.as_ref().and_then(|host| host.socket.clone());
+        let step = tokio::select! {
             _ = exit.status(), if due.is_none() => {
                 due = Some(rustix::io::ioctl_fionread(source.get_ref()).unwrap_or_default());
-                0
+                Step::Read(0)
             }
-            read = source.async_io(Interest::READABLE, |file| Ok(rustix::io::read(file, &mut buffer)?)) => match read {
-                Ok(read @ 1..) => read,
-                // A terminal that nobody has open says EIO.
-                _ => break,
-            },
-            () = gone(stream.as_mut()) => {
-                stream = None;
-                0
+            step = source.async_io(Interest::READABLE, |file| Step::take(file, socket.as_deref(), &mut buffer)) => {
+                match step {
+                    Ok(step @ (Step::Read(1..) | Step::Spliced(1..))) => step,
+                    // A terminal that nobody has open says EIO.
+                    _ => break,
+                }
+            }
+            () = gone(host.as_mut()) => {
+                host = None;
+                Step::Read(0)
             }
         };
-        if let Some(host) = &mut stream {
-            match host.write_all(&buffer[..read]).await {
-                Ok(()) => carried += read as u64,
-                Err(_) => stream = None,
+        let taken = match step {
+            Step::Spliced(spliced) => {
+                carried += spliced as u64;
+                spliced
             }
-        }
-        if stream.is_none() && !exit.happened() {
+            Step::Read(read) => {
+                if let Some(Host { stream, .. }) = &mut host {
+                    match stream.write_all(&buffer[..read]).await {
+                        Ok(()) => carried += read as u64,
+                        Err(_) => host = None,
+                    }
+                }
+                read
+            }
+        };
+        if host.is_none() && !exit.happened() {
             break;
         }
         if let Some(due) = &mut due {
-            *due = due.saturating_sub(read as u64);
-            if *due == 0 || stream.is_none() {
+            *due = due.saturating_sub(taken as u64);
+            if *due == 0 || host.is_none() {
                 report.send_replace(Some(carried));
                 if until == Until::Exit {
                     break;
@@ -89,15 +103,53 @@ pub(super) async fn output(
         }
     }
     drop(source);
-    if let Some(mut stream) = stream {
+    if let Some(Host { mut stream, .. }) = host {
         let _ = stream.shutdown().await;
     }
     report.send_replace(Some(carried));
 }
 
+/// Where an output goes.
+struct Host {
+    stream: Stream,
+    /// The same, where what is in a pipe can go into it without a copy.
+    socket: Option<Arc<OwnedFd>>,
+}
+
+impl Host {
+    fn of(stream: Stream, source: &OwnedFd) -> Self {
+        let socket = stream.socket().filter(|_| is_pipe(source)).and_then(|socket| socket.try_clone_to_owned().ok());
+        Self { stream, socket: socket.map(Arc::new) }
+    }
+}
+
+/// What an output had.
+enum Step {
+    /// So many bytes are in the buffer.
+    Read(usize),
+    /// So many are on their way to the host.
+    Spliced(usize),
+}
+
+impl Step {
+    /// `WouldBlock` is the source's alone.
+    fn take(source: &OwnedFd, socket: Option<&OwnedFd>, buffer: &mut [u8]) -> io::Result<Self> {
+        let splice = |socket| rustix::pipe::splice(source, None, socket, None, CHUNK, SpliceFlags::NONBLOCK);
+        match socket.map(splice) {
+            Some(Ok(spliced)) => Ok(Self::Spliced(spliced)),
+            // There is nothing, or the host has no room, which is waited for with bytes in hand.
+            Some(Err(_)) | None => Ok(Self::Read(rustix::io::read(source, buffer)?)),
+        }
+    }
+}
+
+fn is_pipe(file: &OwnedFd) -> bool {
+    rustix::fs::fstat(file).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo)
+}
+
 /// Waits until the host lets go of the stream of an output. It has nothing to say on it.
-async fn gone(stream: Option<&mut Stream>) {
-    if let Some(stream) = stream {
+async fn gone(host: Option<&mut Host>) {
+    if let Some(Host { stream, .. }) = host {
         while let Ok(1..) = stream.read(&mut [0; 64]).await {}
         if stream.is_gone() {
             return;
@@ -128,12 +180,24 @@ mod tests {
     use rustix::pipe::{PipeFlags, pipe_with};
     use rustix::process::Pid;
     use std::io::{Read as _, Write as _};
+    use std::os::fd::BorrowedFd;
     use tokio::io::DuplexStream;
+    use tokio::net::UnixStream;
 
     impl HostStream for DuplexStream {
         /// The other end of a duplex pipe closes both directions at once.
         fn is_gone(&self) -> bool {
             true
+        }
+    }
+
+    impl HostStream for UnixStream {
+        fn is_gone(&self) -> bool {
+            true
+        }
+
+        fn socket(&self) -> Option<BorrowedFd<'_>> {
+            Some(self.as_fd())
         }
     }
 
@@ -174,6 +238,23 @@ mod tests {
         running.host.read_to_end(&mut seen).await.unwrap();
         assert_eq!(seen, b"hello");
         assert_eq!(*running.handed.wait_for(Option::is_some).await.unwrap(), Some(5));
+    }
+
+    #[tokio::test]
+    async fn what_is_spliced_arrives_whole_at_a_host_with_little_room() {
+        let (source, mut process) = pipe(true);
+        let (stream, mut host) = UnixStream::pair().unwrap();
+        let exit = Reaper::default().watch(Pid::from_raw(PID).unwrap());
+        let (report, mut handed) = watch::channel(None);
+        tokio::spawn(output(source, Box::new(stream), exit, report, Until::End));
+        let written: Vec<u8> = (0..3_000_001_u32).map(|index| (index % 251) as u8).collect();
+        let expected = written.clone();
+        let writing = tokio::task::spawn_blocking(move || process.write_all(&written));
+        let mut seen = Vec::new();
+        host.read_to_end(&mut seen).await.unwrap();
+        assert!(seen == expected);
+        writing.await.unwrap().unwrap();
+        assert_eq!(*handed.wait_for(Option::is_some).await.unwrap(), Some(3_000_001));
     }
 
     #[tokio::test]

@@ -3,6 +3,7 @@
 //! The guest is hostile: each answer is waited for with a bound, and what it says is passed on as data only.
 
 pub mod preserved;
+mod splice;
 mod stdio;
 mod tunnel;
 

@@ -90,7 +90,7 @@ impl Preserved {
         let mode = rustix::fs::fcntl_getfl(&descriptor)? & OFlags::RWMODE;
         let source = (mode != OFlags::WRONLY).then(|| descriptor.try_clone()).transpose()?;
         let sink = (mode != OFlags::RDONLY).then_some(descriptor);
-        Ok(Self { source: source.map(|source| file(source) as Source), sink: sink.map(|sink| file(sink) as Sink) })
+        Ok(Self { source: source.map(|source| file(source) as Source), sink: sink.map(Sink::File) })
     }
 }
 

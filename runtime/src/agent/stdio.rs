@@ -1,15 +1,19 @@
 //! A guest process's stdio, joined to descriptors of the host: one stream each, never a request.
 
+use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use runvm_protocol::agent as wire;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::preserved::Preserved;
+use super::splice::{self, Progress};
 use super::{ANSWER_LIMIT, Agent, AgentError, Output};
 use crate::host::terminal::{self, Size};
 use crate::vmm::ByteStream;
@@ -20,7 +24,25 @@ const PIECE: usize = 128 * 1024;
 /// What a process's stdin is read from.
 pub type Source = Box<dyn AsyncRead + Send + Unpin>;
 /// What a process's output is written to.
-pub type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+pub enum Sink {
+    /// A file of any kind, which may be shared with other processes, and stays as blocking as it is.
+    File(OwnedFd),
+    /// A pipe of this process's own.
+    Pipe(pipe::Sender),
+    /// Anything else.
+    Stream(Box<dyn AsyncWrite + Send + Unpin>),
+}
+
+impl Sink {
+    /// The same, for whoever has the bytes in hand.
+    pub fn into_writer(self) -> Box<dyn AsyncWrite + Send + Unpin> {
+        match self {
+            Self::File(descriptor) => file(descriptor),
+            Self::Pipe(pipe) => Box::new(pipe),
+            Self::Stream(stream) => stream,
+        }
+    }
+}
 
 /// The host's side of a process's stdio. Of what there is none of, the process has its `/dev/null`.
 #[derive(Default)]
@@ -51,9 +73,9 @@ impl Descriptors {
         };
         Ok(Self {
             stdin: duplicate(&io::stdin())?.map(|descriptor| file(descriptor) as Source),
-            stdout: duplicate(&io::stdout())?.map(|descriptor| file(descriptor) as Sink),
+            stdout: duplicate(&io::stdout())?.map(Sink::File),
             // A terminal has one output.
-            stderr: if terminal { None } else { duplicate(&io::stderr())?.map(|descriptor| file(descriptor) as Sink) },
+            stderr: if terminal { None } else { duplicate(&io::stderr())?.map(Sink::File) },
             size: if terminal { terminal::size(io::stdin()) } else { Size::default() },
             preserved: Vec::new(),
         })
@@ -66,7 +88,7 @@ impl Descriptors {
     pub fn terminal(slave: &OwnedFd) -> io::Result<Self> {
         Ok(Self {
             stdin: Some(file(slave.try_clone()?)),
-            stdout: Some(file(slave.try_clone()?)),
+            stdout: Some(Sink::File(slave.try_clone()?)),
             stderr: None,
             size: terminal::size(slave),
             preserved: Vec::new(),
@@ -267,59 +289,155 @@ async fn send(mut input: Source, mut stream: ByteStream) {
     }
 }
 
-async fn receive(mut stream: ByteStream, mut output: Sink, report: watch::Sender<Carried>) {
+async fn receive(stream: ByteStream, output: Sink, report: watch::Sender<Carried>) {
+    let any: &dyn Any = &*stream;
+    let socket = any.downcast_ref::<UnixStream>();
+    // An error is the output's. Dropping the stream resets it, and the guest's process gets the SIGPIPE that it would have
+    // got here.
+    let _ = match (output, socket) {
+        (Sink::File(pipe), Some(socket)) if is_pipe(&pipe) => splice(socket, Ok(pipe), &report).await,
+        (Sink::Pipe(pipe), Some(socket)) => splice(socket, pipe.into_nonblocking_fd(), &report).await,
+        (output, _) => copy(stream, output.into_writer(), &report).await,
+    };
+    report.send_modify(|carried| carried.ended = true);
+}
+
+async fn splice(socket: &UnixStream, pipe: io::Result<OwnedFd>, report: &watch::Sender<Carried>) -> io::Result<()> {
+    let tell = |progress| {
+        report.send_modify(|carried| match progress {
+            Progress::Moved(length) => {
+                carried.bytes += length as u64;
+                carried.writing = false;
+            }
+            Progress::Full => carried.writing = true,
+            Progress::Changed => {}
+        });
+    };
+    splice::all(socket, pipe?, tell).await
+}
+
+async fn copy(
+    mut stream: ByteStream,
+    mut output: impl AsyncWrite + Unpin,
+    report: &watch::Sender<Carried>,
+) -> io::Result<()> {
     let mut piece = vec![0; PIECE];
     while let Ok(length @ 1..) = stream.read(&mut piece).await {
         report.send_modify(|carried| carried.writing = true);
-        if output.write_all(&piece[..length]).await.is_err() || output.flush().await.is_err() {
-            // Dropping the stream resets it, and the guest's process gets the SIGPIPE that it would have got here.
-            break;
-        }
+        output.write_all(&piece[..length]).await?;
+        output.flush().await?;
         report.send_modify(|carried| {
             carried.bytes += length as u64;
             carried.writing = false;
         });
     }
-    report.send_modify(|carried| carried.ended = true);
+    Ok(())
+}
+
+fn is_pipe(descriptor: impl AsFd) -> bool {
+    rustix::fs::fstat(descriptor)
+        .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{DuplexStream, duplex};
+    use tokio::io::duplex;
 
     /// A guest's stream, the host's end of it being carried into a pipe: the stream, the pipe's reader, the report.
-    fn carrying() -> (DuplexStream, io::PipeReader, watch::Receiver<Carried>) {
-        let (ours, guest) = duplex(PIECE);
+    fn carrying(spliced: bool) -> (ByteStream, io::PipeReader, watch::Receiver<Carried>) {
+        let (ours, guest): (ByteStream, ByteStream) = if spliced {
+            let (ours, guest) = UnixStream::pair().unwrap();
+            (Box::new(ours), Box::new(guest))
+        } else {
+            let (ours, guest) = duplex(PIECE);
+            (Box::new(ours), Box::new(guest))
+        };
         let (reader, writer) = io::pipe().unwrap();
         let (report, carried) = watch::channel(Carried::default());
-        tokio::spawn(receive(Box::new(ours), file(writer.into()), report));
+        tokio::spawn(receive(ours, Sink::File(writer.into()), report));
         (guest, reader, carried)
     }
 
     #[tokio::test(start_paused = true)]
     async fn output_that_a_guest_owes_is_not_waited_for_without_end() {
-        let (mut guest, _reader, carried) = carrying();
-        guest.write_all(b"some").await.unwrap();
-        drain(carried.clone(), Some(u64::MAX)).await;
-        assert_eq!(carried.borrow().bytes, 4);
+        for spliced in [false, true] {
+            let (mut guest, _reader, carried) = carrying(spliced);
+            guest.write_all(b"some").await.unwrap();
+            drain(carried.clone(), Some(u64::MAX)).await;
+            assert_eq!(carried.borrow().bytes, 4);
+        }
     }
 
     #[tokio::test]
     async fn a_reader_is_waited_for_as_long_as_it_takes() {
         use std::io::Read as _;
-        let (mut guest, mut reader, mut carried) = carrying();
-        let output = vec![b'x'; PIECE];
-        guest.write_all(&output).await.unwrap();
-        carried.wait_for(|carried| carried.writing).await.unwrap();
-        tokio::time::pause();
-        let draining = tokio::spawn(drain(carried, Some(PIECE as u64)));
-        // The pipe holds less, and time goes by.
-        tokio::time::advance(10 * ANSWER_LIMIT).await;
-        assert!(!draining.is_finished());
-        tokio::time::resume();
-        let read = tokio::task::spawn_blocking(move || reader.read_exact(&mut vec![0; PIECE]));
-        read.await.unwrap().unwrap();
-        draining.await.unwrap();
+        for spliced in [false, true] {
+            let (mut guest, mut reader, mut carried) = carrying(spliced);
+            // More than a pipe and a socket hold.
+            let output = vec![b'x'; 1 << 20];
+            let writing = tokio::spawn(async move {
+                guest.write_all(&output).await.unwrap();
+                guest
+            });
+            carried.wait_for(|carried| carried.writing).await.unwrap();
+            tokio::time::pause();
+            let draining = tokio::spawn(drain(carried, Some(1 << 20)));
+            // Time goes by.
+            tokio::time::advance(10 * ANSWER_LIMIT).await;
+            assert!(!draining.is_finished());
+            tokio::time::resume();
+            let read = tokio::task::spawn_blocking(move || reader.read_exact(&mut vec![0; 1 << 20]));
+            read.await.unwrap().unwrap();
+            draining.await.unwrap();
+            drop(writing.await.unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_comes_is_what_arrives_and_then_its_end() {
+        use std::io::Read as _;
+        for spliced in [false, true] {
+            let (mut guest, mut reader, mut carried) = carrying(spliced);
+            let output: Vec<u8> = (0..3_000_001_u32).map(|index| (index % 251) as u8).collect();
+            let read = tokio::task::spawn_blocking(move || {
+                let mut seen = Vec::new();
+                reader.read_to_end(&mut seen).map(|_| seen)
+            });
+            for piece in output.chunks(77_777) {
+                guest.write_all(piece).await.unwrap();
+            }
+            drop(guest);
+            assert!(read.await.unwrap().unwrap() == output);
+            assert_eq!(carried.wait_for(|carried| carried.ended).await.unwrap().bytes, 3_000_001);
+        }
+    }
+
+    /// Both ends of what is spliced change while it is looked at.
+    #[tokio::test]
+    async fn nothing_is_overlooked_between_two_that_are_quick() {
+        use std::io::{Read as _, Write as _};
+        const TOTAL: usize = 64 << 20;
+        let (ours, mut guest) = std::os::unix::net::UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let (report, mut carried) = watch::channel(Carried::default());
+        tokio::spawn(receive(Box::new(UnixStream::from_std(ours).unwrap()), Sink::File(writer.into()), report));
+        let writing = std::thread::spawn(move || (0..TOTAL / 4096).try_for_each(|_| guest.write_all(&[0; 4096])));
+        let reading = std::thread::spawn(move || io::copy(&mut reader.by_ref().take(TOTAL as u64), &mut io::sink()));
+        let all = carried.wait_for(|carried| carried.bytes == TOTAL as u64);
+        tokio::time::timeout(std::time::Duration::from_secs(120), all).await.unwrap().unwrap();
+        writing.join().unwrap().unwrap();
+        assert_eq!(reading.join().unwrap().unwrap(), TOTAL as u64);
+    }
+
+    #[tokio::test]
+    async fn who_writes_for_nobody_learns_it() {
+        for spliced in [false, true] {
+            let (mut guest, reader, _carried) = carrying(spliced);
+            drop(reader);
+            guest.write_all(b"some").await.unwrap();
+            assert_eq!(guest.read(&mut [0; 1]).await.unwrap_or_default(), 0);
+        }
     }
 }

@@ -11,6 +11,7 @@ mod parameters;
 pub mod probe;
 mod qemu;
 
+use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -220,6 +221,6 @@ pub trait Channel: Send + Sync {
 /// A stream to the agent.
 pub type ByteStream = Box<dyn AsyncStream>;
 
-/// What a stream can do.
-pub trait AsyncStream: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> AsyncStream for T {}
+/// What a stream can do, and what else it may be: a socket.
+pub trait AsyncStream: AsyncRead + AsyncWrite + Send + Sync + Unpin + Any {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin + Any> AsyncStream for T {}

@@ -67,10 +67,10 @@ impl Program {
         drop(command);
         let mut ready = pipe::Receiver::from_owned_fd(ready.into())?;
         timeout(READY_LIMIT, ready.read(&mut [0])).await??;
-        let stdout = Box::new(pipe::Sender::from_owned_fd(stdout_end.into())?);
-        let stderr: Option<Sink> = match terminal {
+        let stdout = Sink::Pipe(pipe::Sender::from_owned_fd(stdout_end.into())?);
+        let stderr = match terminal {
             true => None,
-            false => Some(Box::new(pipe::Sender::from_owned_fd(stderr_end.into())?)),
+            false => Some(Sink::Pipe(pipe::Sender::from_owned_fd(stderr_end.into())?)),
         };
         Ok((Logger(child), stdout, stderr))
     }
@@ -96,9 +96,9 @@ mod tests {
         let log = folder.path().join("log");
         let script = format!("exec 5>&-; cat <&3 >{0}; echo $CONTAINER_NAMESPACE/$CONTAINER_ID >>{0}", log.display());
         let program = Program { path: "/bin/sh".into(), arguments: vec!["-c".into(), script] };
-        let (logger, mut stdout, stderr) = program.start("a", "n", false).await.unwrap();
-        stdout.write_all(b"text\n").await.unwrap();
-        drop((stdout, stderr));
+        let (logger, stdout, stderr) = program.start("a", "n", false).await.unwrap();
+        stdout.into_writer().write_all(b"text\n").await.unwrap();
+        drop(stderr);
         logger.finish().await;
         assert_eq!(std::fs::read_to_string(log).unwrap(), "text\nn/a\n");
     }
