@@ -10,7 +10,7 @@ use conformance::suite::expect_equal;
 use conformance::{Case, Cmd, Outcome, case};
 use serde_json::{Value, json};
 
-use super::{Templates, limit};
+use super::{Templates, copy, limit};
 use crate::veth::Veth;
 
 /// So many start at the same time.
@@ -49,7 +49,7 @@ fn fifty_clones_share_nothing(h: &Hand) -> Result<Outcome> {
             limit(config, 64, 1);
             veth.give_to(config);
         })?;
-        std::fs::copy(&probe, bundle.inside("probe"))?;
+        copy(&probe, &bundle.inside("probe"))?;
         let mut config: Value = serde_json::from_slice(&std::fs::read(bundle.path.join("config.json"))?)?;
         config["hostname"] = json!(bundle.id);
         bundle.configure(&config)?;
@@ -98,7 +98,7 @@ fn a_clone_knows_the_time(h: &Hand) -> Result<Outcome> {
     let templates = Templates::of(h);
     let probe = probe(h)?;
     let bundle = h.bundle("/probe; sleep 2; /probe")?;
-    std::fs::copy(probe, bundle.inside("probe"))?;
+    copy(&probe, &bundle.inside("probe"))?;
     // The template's own time stands still while the first container lives.
     templates.run(&bundle)?;
     let begun = now()?;

@@ -383,8 +383,8 @@ fn another_installation_is_another_template(h: &Hand) -> Result<Outcome> {
     let (assets, program) = (folder.join("assets"), folder.join("runvm"));
     fs::create_dir(&folder)?;
     let ours = conformance::runtime::dist().join("lib/runvm");
-    Cmd::new("cp").args(["--recursive", "--dereference"]).arg(ours).arg(&assets).ok()?;
-    fs::copy(h.runtime().program(), &program)?;
+    copy(&ours, &assets)?;
+    copy(&h.runtime().program(), &program)?;
     let run = || templates.run_as(&bundle, |cmd| by(cmd, &program).env("RUNVM_ASSETS", &assets));
     run()?.expect_booted_into_template()?;
     let first = run()?;
@@ -396,9 +396,9 @@ fn another_installation_is_another_template(h: &Hand) -> Result<Outcome> {
     };
     // The same bytes in another file.
     let replace = |path: &Path| {
-        let copy = path.with_extension("copy");
-        fs::copy(path, &copy)?;
-        anyhow::Ok(fs::rename(&copy, path)?)
+        let other = path.with_extension("copy");
+        copy(path, &other)?;
+        anyhow::Ok(fs::rename(&other, path)?)
     };
     let expect_another = |what: &str| {
         run()?.expect_booted_into_template().with_context(|| format!("after {what}"))?;
@@ -413,6 +413,12 @@ fn another_installation_is_another_template(h: &Hand) -> Result<Outcome> {
     replace(&program)?;
     expect_another("a replaced program")?;
     Ok(Outcome::new().see_output("run", &first.output))
+}
+
+/// Copies in another process: a program that was written in this one could be open for writing in a child of another
+/// case's, and could not be started.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    Cmd::new("cp").args(["--recursive", "--dereference"]).arg(from).arg(to).ok().map(drop)
 }
 
 /// The same command by another program.
