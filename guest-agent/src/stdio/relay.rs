@@ -56,20 +56,23 @@ pub(super) async fn output(
     // How much of what was in the pipe at the process's end is still to be carried.
     let mut due = None;
     loop {
-        let socket = host.as_ref().and_then(|host| host.socket.clone());
+        let (stream, socket) = match &mut host {
+            Some(Host { stream, socket }) => (Some(stream), socket.as_ref()),
+            None => (None, None),
+        };
         let step = tokio::select! {
             _ = exit.status(), if due.is_none() => {
                 due = Some(rustix::io::ioctl_fionread(source.get_ref()).unwrap_or_default());
                 Step::Read(0)
             }
-            step = source.async_io(Interest::READABLE, |file| Step::take(file, socket.as_deref(), &mut buffer)) => {
+            step = source.async_io(Interest::READABLE, |file| Step::take(file, socket, &mut buffer)) => {
                 match step {
                     Ok(step @ (Step::Read(1..) | Step::Spliced(1..))) => step,
                     // A terminal that nobody has open says EIO.
                     _ => break,
                 }
             }
-            () = gone(host.as_mut()) => {
+            () = gone(stream) => {
                 host = None;
                 Step::Read(0)
             }
@@ -113,13 +116,13 @@ pub(super) async fn output(
 struct Host {
     stream: Stream,
     /// The same, where what is in a pipe can go into it without a copy.
-    socket: Option<Arc<OwnedFd>>,
+    socket: Option<OwnedFd>,
 }
 
 impl Host {
     fn of(stream: Stream, source: &OwnedFd) -> Self {
         let socket = stream.socket().filter(|_| is_pipe(source)).and_then(|socket| socket.try_clone_to_owned().ok());
-        Self { stream, socket: socket.map(Arc::new) }
+        Self { stream, socket }
     }
 }
 
@@ -148,8 +151,8 @@ fn is_pipe(file: &OwnedFd) -> bool {
 }
 
 /// Waits until the host lets go of the stream of an output. It has nothing to say on it.
-async fn gone(host: Option<&mut Host>) {
-    if let Some(Host { stream, .. }) = host {
+async fn gone(stream: Option<&mut Stream>) {
+    if let Some(stream) = stream {
         while let Ok(1..) = stream.read(&mut [0; 64]).await {}
         if stream.is_gone() {
             return;

@@ -263,6 +263,14 @@ struct Carried {
     ended: bool,
 }
 
+impl Carried {
+    /// So many bytes more are written.
+    fn advance(&mut self, length: usize) {
+        self.bytes += length as u64;
+        self.writing = false;
+    }
+}
+
 pub(super) fn file(descriptor: OwnedFd) -> Box<File> {
     // Any kind of file must do, and the descriptions are shared with other processes, so they stay blocking: the reads
     // and writes are made on threads of the runtime's pool.
@@ -290,30 +298,30 @@ async fn send(mut input: Source, mut stream: ByteStream) {
 }
 
 async fn receive(stream: ByteStream, output: Sink, report: watch::Sender<Carried>) {
-    let any: &dyn Any = &*stream;
-    let socket = any.downcast_ref::<UnixStream>();
-    // An error is the output's. Dropping the stream resets it, and the guest's process gets the SIGPIPE that it would have
+    // An error is the output's. With it the stream is reset, and the guest's process gets the SIGPIPE that it would have
     // got here.
-    let _ = match (output, socket) {
-        (Sink::File(pipe), Some(socket)) if is_pipe(&pipe) => splice(socket, Ok(pipe), &report).await,
-        (Sink::Pipe(pipe), Some(socket)) => splice(socket, pipe.into_nonblocking_fd(), &report).await,
-        (output, _) => copy(stream, output.into_writer(), &report).await,
-    };
+    let _ = carry(stream, output, &report).await;
     report.send_modify(|carried| carried.ended = true);
 }
 
-async fn splice(socket: &UnixStream, pipe: io::Result<OwnedFd>, report: &watch::Sender<Carried>) -> io::Result<()> {
+async fn carry(stream: ByteStream, output: Sink, report: &watch::Sender<Carried>) -> io::Result<()> {
+    let any: &dyn Any = &*stream;
+    match (output, any.downcast_ref::<UnixStream>()) {
+        (Sink::File(pipe), Some(socket)) if is_pipe(&pipe) => splice(socket, pipe, report).await,
+        (Sink::Pipe(pipe), Some(socket)) => splice(socket, pipe.into_nonblocking_fd()?, report).await,
+        (output, _) => copy(stream, output.into_writer(), report).await,
+    }
+}
+
+async fn splice(socket: &UnixStream, pipe: OwnedFd, report: &watch::Sender<Carried>) -> io::Result<()> {
     let tell = |progress| {
         report.send_modify(|carried| match progress {
-            Progress::Moved(length) => {
-                carried.bytes += length as u64;
-                carried.writing = false;
-            }
+            Progress::Moved(length) => carried.advance(length),
             Progress::Full => carried.writing = true,
             Progress::Changed => {}
         });
     };
-    splice::all(socket, pipe?, tell).await
+    splice::all(socket, pipe, tell).await
 }
 
 async fn copy(
@@ -326,10 +334,7 @@ async fn copy(
         report.send_modify(|carried| carried.writing = true);
         output.write_all(&piece[..length]).await?;
         output.flush().await?;
-        report.send_modify(|carried| {
-            carried.bytes += length as u64;
-            carried.writing = false;
-        });
+        report.send_modify(|carried| carried.advance(length));
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ const GUEST_HZ: u64 = 250;
 /// When a guest's processors come up, the first aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Processors {
-    /// While the kernel boots: for a guest that others are to be like, which have them from the beginning.
+    /// While the kernel boots, if there are any: for a guest that others are to be like, which have them from the beginning.
     AtBoot,
     /// After that, beside what the agent does for the first container.
     Late,

@@ -114,8 +114,8 @@ impl Board {
         let length = if u.ratio(7, 8)? { u.int_in_range(0..=8)? } else { u.arbitrary()? };
         let mut list = [length, 0].map(u32::to_le_bytes).concat();
         for _ in 0..length.min(8) {
-            let register = if u.ratio(1, 8)? { u.arbitrary()? } else { 4 * u.int_in_range(0..=0x4f)? };
-            let value = if u.ratio(1, 4)? { u.arbitrary()? } else { u.int_in_range(0..=16)? };
+            let (usual, value) = access(u)?;
+            let register = if u.ratio(1, 8)? { u.arbitrary()? } else { usual };
             let read = if u.arbitrary()? { LISTED_READ } else { 0 };
             list.extend([register | read, value].map(u32::to_le_bytes).concat());
         }
@@ -145,6 +145,13 @@ impl Board {
         mutate(u, &mut bytes)?;
         Ok(postcard::from_bytes(&bytes).ok())
     }
+}
+
+/// A register, and what is written to it.
+pub fn access(u: &mut Unstructured<'_>) -> Result<(u32, u32)> {
+    let register = 4 * u.int_in_range(0..=0x4f)?;
+    let value = if u.ratio(1, 4)? { u.arbitrary()? } else { u.int_in_range(0..=16)? };
+    Ok((register, value))
 }
 
 #[expect(clippy::expect_used, reason = "a fuzzer ends where the host has no threads")]

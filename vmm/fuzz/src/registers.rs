@@ -2,7 +2,7 @@
 
 use arbitrary::{Result, Unstructured};
 
-use crate::board::Board;
+use crate::board::{Board, access};
 
 /// Does what the input says.
 pub fn run(data: &[u8]) {
@@ -18,9 +18,8 @@ fn play(u: &mut Unstructured<'_>) -> Result<()> {
     while !u.is_empty() {
         match u.int_in_range(0..=17)? {
             0..=5 => {
-                let register = 4 * u.int_in_range(0..=0x4f)?;
-                let value = if u.ratio(1, 4)? { u.arbitrary()? } else { u.int_in_range(0..=16)? };
-                board.write(register, value);
+                let (register, value) = access(u)?;
+                board.write(register.into(), value);
             }
             6 | 7 => {
                 let mut bytes = vec![0; u.int_in_range(0..=9)?];

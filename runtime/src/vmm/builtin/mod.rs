@@ -107,7 +107,7 @@ impl Builtin {
     }
 
     fn booting(&self, machine: &Machine, console: Option<&Path>, save: bool) -> Result<Beginning, VmmError> {
-        let processors = if save { Processors::AtBoot } else { Processors::Late };
+        let processors = if save || machine.vcpus == 1 { Processors::AtBoot } else { Processors::Late };
         Ok(Beginning::Boot {
             kernel: self.assets.kernel(machine.accelerator)?,
             initramfs: self.assets.initramfs()?,
