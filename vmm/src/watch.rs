@@ -56,6 +56,7 @@ impl Watch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
     use std::io::Write as _;
     use vm_memory::{Bytes as _, FileOffset, MmapRegion, VolatileMemory as _};
 
@@ -73,7 +74,9 @@ mod tests {
 
     #[test]
     fn only_what_is_touched_is_mapped() {
-        let mut file = tempfile::tempfile().unwrap();
+        // Not a file on a disk: of one that it keeps in large pieces, Linux maps single pages where such a piece crosses the
+        // end of a page table.
+        let mut file = std::fs::File::from(memfd_create("runvm-test", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(&[7; SIZE]).unwrap();
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let region =
