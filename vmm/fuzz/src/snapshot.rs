@@ -18,7 +18,7 @@ fn play(u: &mut Unstructured<'_>) -> Result<()> {
     match u.int_in_range(0..=3)? {
         0 => drop(saved_devices(u.bytes(u.len())?)),
         1 => {
-            // The kind of KVM, 64 MiB, and one processor.
+            // The kind of KVM, 64 MiB, and one block of them.
             let mut body = vec![u.int_in_range(0..=1)?, 0x80, 0x80, 0x80, 0x20, 1];
             body.extend(u.bytes(u.len())?);
             body.extend([0; REST]);

@@ -73,30 +73,56 @@ const _: () = assert!(BLOCK as usize / PIECE == u32::BITS as usize, "a block's p
 pub struct Content {
     /// Which.
     pub block: Block,
-    /// A bit for each [`PIECE`] of the block, the lowest for the first. The others are zero.
-    pub pieces: u32,
+    /// What of it.
+    pub kept: Kept,
 }
 
+/// What a file has of a block, and how a clone gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kept {
+    /// All of it, written at once. The guest is not expected to write to it, so clones have it in common with the file, where
+    /// the host keeps that in large pages.
+    Constant,
+    /// Some of it, which is copied.
+    Pieces(Pieces),
+}
+
+/// A bit for each [`PIECE`] of a block, the lowest for the first. The others are zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pieces(pub u32);
+
 impl Content {
-    fn copy(self, memory: &Memory, file: &File) -> Result<(), MemoryError> {
+    /// Brings it into fresh memory.
+    fn bring(self, memory: &Memory, file: &File) -> Result<(), MemoryError> {
         let wrong = || MemoryError::Block(self.block.0);
         let part = self.block.of(memory).ok_or_else(wrong)?;
+        let offset = self.block.offset() as i64;
+        let pieces = match self.kept {
+            Kept::Constant if share(&part, file, offset).map_err(MemoryError::File)? => return Ok(()),
+            Kept::Constant => Pieces::ALL,
+            Kept::Pieces(pieces) => pieces,
+        };
         // A large page takes the host's kernel milliseconds, in which nobody maps anything, a thread's stack for example,
         // if it is the kernel that comes to it first.
         part.write_obj(0_u8, 0).map_err(|_| wrong())?;
-        for run in self.runs() {
+        for run in pieces.runs() {
             let end = part.len().min(run.end);
             let length = end.checked_sub(run.start).ok_or_else(wrong)?;
             let part = part.subslice(run.start, length).map_err(|_| wrong())?;
-            copy(&part, file, self.block.offset() as i64 + run.start as i64).map_err(MemoryError::File)?;
+            copy(&part, file, offset + run.start as i64).map_err(MemoryError::File)?;
         }
         Ok(())
     }
+}
 
-    /// The pieces that are there, as ranges of the block; successive ones are one.
-    fn runs(self) -> impl Iterator<Item = Range<usize>> {
+impl Pieces {
+    /// A whole block.
+    pub const ALL: Self = Self(u32::MAX);
+
+    /// As ranges of the block; successive pieces are one.
+    pub fn runs(self) -> impl Iterator<Item = Range<usize>> {
         // All 32 bits may go at once.
-        let mut rest = u64::from(self.pieces);
+        let mut rest = u64::from(self.0);
         let mut start = 0;
         std::iter::from_fn(move || {
             let skipped = (rest != 0).then(|| rest.trailing_zeros())?;
@@ -152,15 +178,15 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     for (start, length) in layout(size)? {
         let mapping = map(length)?;
         if huge {
-            advise_huge(&mapping);
+            advise_huge(mapping.as_ptr().cast(), mapping.size());
         }
         regions.push(region(start, mapping)?);
     }
     assemble(regions)
 }
 
-/// Memory that begins as this content of `file`; it is there once the [`Filling`] is complete. It is copied: a large page at
-/// once is quicker than many of its small ones whenever the guest comes to one.
+/// Memory that begins as this content of `file`; it is there once the [`Filling`] is complete. What the guest may write to is
+/// copied: a large page at once is quicker than many of its small ones whenever the guest comes to one.
 ///
 /// # Errors
 /// [`MemoryError`].
@@ -221,7 +247,7 @@ struct Work {
 impl Work {
     fn take_part(&self) -> Result<(), MemoryError> {
         while let Some(content) = self.contents.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            content.copy(&self.memory, &self.file)?;
+            content.bring(&self.memory, &self.file)?;
         }
         Ok(())
     }
@@ -246,6 +272,42 @@ pub(super) fn lay_over(part: &VolatileSlice, file: &File, offset: i64) -> io::Re
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Has memory be a part of a file as long as nobody writes to it, if the host maps that as a large page: whether it does. If
+/// not the memory is fresh, as it was.
+fn share(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<bool> {
+    lay_over(part, file, offset)?;
+    let address = part.ptr_guard_mut().as_ptr().cast();
+    // What the host has to read first it reads into a large page then.
+    advise_huge(address, part.len());
+    let touch = |place| part.read_obj::<u8>(place).map_err(io::Error::other);
+    touch(0)?;
+    let before = faults()?;
+    touch(part.len() - 1)?;
+    if faults()? == before {
+        return Ok(true);
+    }
+    let flags = LAZY | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    // SAFETY: as in `lay_over`.
+    let mapped = unsafe { libc::mmap(address, part.len(), PROTECTION, flags, -1, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    advise_huge(address, part.len());
+    Ok(false)
+}
+
+/// How often this thread has come to a page that was not mapped.
+fn faults() -> io::Result<i64> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the structure is there to be written to.
+    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is numbers, of which the kernel has written some and the others are zero.
+    let usage = unsafe { usage.assume_init() };
+    Ok(usage.ru_minflt + usage.ru_majflt)
+}
+
 fn copy(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
     let address = part.ptr_guard_mut().as_ptr().cast();
     // SAFETY: the memory is the slice's, and nobody has a reference to it.
@@ -266,10 +328,10 @@ fn assemble(regions: Vec<GuestRegionMmap>) -> Result<Memory, MemoryError> {
     Ok(Arc::new(memory))
 }
 
-fn advise_huge(mapping: &MmapRegion) {
-    // SAFETY: the range is the mapping's own, and the advice changes none of its contents. Where the host does not know
-    // it, the guest is as it would be without.
-    unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_HUGEPAGE) };
+fn advise_huge(address: *mut libc::c_void, length: usize) {
+    // SAFETY: the advice changes no contents of any memory. Where the host does not know it, the guest is as it would be
+    // without.
+    unsafe { libc::madvise(address, length, libc::MADV_HUGEPAGE) };
 }
 
 #[cfg(test)]
@@ -297,8 +359,9 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![1; 5 << 20]).unwrap();
         let hole = 30;
-        let contents = [(0, !(1 << hole)), (2, u32::MAX >> 16)];
-        let contents = contents.map(|(block, pieces)| Content { block: Block(block), pieces });
+        let pieces = |pieces| Kept::Pieces(Pieces(pieces));
+        let contents = [(0, pieces(!(1 << hole))), (2, pieces(u32::MAX >> 16))];
+        let contents = contents.map(|(block, kept)| Content { block: Block(block), kept });
         let filled = |size: u64, contents: &[Content]| {
             let (memory, filling) = from_file(size, &file, contents)?;
             filling.complete().map(|()| memory)
@@ -316,6 +379,29 @@ mod tests {
         file.set_len(4 << 20).unwrap();
         assert!(matches!(filled(5 << 20, &contents), Err(MemoryError::File(_))));
         drop(from_file(5 << 20, &file, &contents).unwrap());
+    }
+
+    #[test]
+    fn what_is_constant_may_be_written_to_all_the_same() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![1; BLOCK as usize]).unwrap();
+        let places = [0, 70_000, BLOCK - 1];
+        // Whether the host has it in a large page depends on where it lies: what it is like does not.
+        for size in [BLOCK, BLOCK / 2] {
+            file.set_len(size).unwrap();
+            let contents = [Content { block: Block(0), kept: Kept::Constant }];
+            let (memory, filling) = from_file(size, &file, &contents).unwrap();
+            filling.complete().unwrap();
+            let places = places.map(|place| place.min(size - 1));
+            for place in places {
+                assert_eq!(memory.read_obj::<u8>(GuestAddress(place)).unwrap(), 1, "at {place} of {size}");
+            }
+            memory.write_obj(2u8, GuestAddress(70_000)).unwrap();
+            assert_eq!(places.map(|place| memory.read_obj::<u8>(GuestAddress(place)).unwrap()), [1, 2, 1]);
+        }
+        let mut kept = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut kept, 70_000).unwrap();
+        assert_eq!(kept, [1]);
     }
 
     #[test]

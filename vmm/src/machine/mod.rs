@@ -26,7 +26,7 @@ use crate::virtio::Device;
 use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
 use crate::{Event, Memory};
 use bus::{Bus, Console, ConsoleLine, DEVICES, FIRST_INTERRUPT, MAX_DEVICES, Pin, SERIAL_INTERRUPT};
-use memory::{Block, Filling, MemoryError};
+use memory::{Block, Filling, Kept, MemoryError};
 use origin::Origin;
 use snapshot::Saved;
 pub use snapshot::{PageMap, SnapshotError};
@@ -154,7 +154,7 @@ pub struct Machine {
     vm: Arc<VmFd>,
     memory: Memory,
     origin: Origin,
-    /// The blocks of its memory that were, and may be there without a page of theirs.
+    /// The blocks of its memory that are a file's, or were, and may be there without a page of theirs.
     trimmed: Mutex<BTreeSet<Block>>,
     flavour: Flavour,
     msrs: Vec<u32>,
@@ -186,8 +186,8 @@ impl Machine {
             describe(vcpu, &supported, index, vcpu_count)?;
             registers::set(vcpu, (index == 0).then_some(entry)).map_err(kvm("set a processor's registers"))?;
         }
-        let origin = Origin::new(size, &x86::boot::pieces(&kernel, size)?)?;
-        parts.assemble(origin)
+        let origin = Origin::new(size, &x86::boot::pieces(&kernel, size)?, x86::boot::constant(&kernel.image))?;
+        parts.assemble(origin, BTreeSet::new())
     }
 
     /// Lets it run.
@@ -228,7 +228,8 @@ impl Machine {
         self.trimmed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes a paused machine into two empty files; it can go on afterwards. `pages` is this process's.
+    /// Writes a paused machine into two empty files; it can go on afterwards. `pages` is this process's. A guest that booted
+    /// from an initramfs has to have unpacked it: what is left of the archive in its memory is not written.
     ///
     /// # Errors
     /// [`MachineError`]; then the files are of no use.
@@ -238,7 +239,7 @@ impl Machine {
         let saved = Saved {
             flavour: self.flavour,
             memory: memory::size(&self.memory),
-            contents: snapshot::write_memory(&self.memory, &self.trimmed(), pages, memory)?,
+            contents: snapshot::write_memory(&self.memory, &self.origin, &self.trimmed(), pages, memory)?,
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: x86::state::save_vm(&self.vm)?,
             devices: self.bus.devices().map(|device| device.save()).collect::<Result<_, _>>()?,
@@ -263,6 +264,8 @@ impl Machine {
             return mismatch("devices");
         }
         let vcpu_count = config.vcpus;
+        let constant = saved.contents.iter().filter(|content| content.kept == Kept::Constant);
+        let trimmed = constant.map(|content| content.block).collect();
         let (supported, mut parts) = Parts::make(config, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
@@ -278,7 +281,7 @@ impl Machine {
         for (device, saved) in parts.devices.iter_mut().zip(saved.devices) {
             device.restore(saved)?;
         }
-        parts.assemble(origin)
+        parts.assemble(origin, trimmed)
     }
 
     /// Waits for its end.
@@ -382,7 +385,7 @@ impl Parts {
         Ok((supported, Self { vm, memory, vcpus, devices, console, confinement, flavour, msrs }))
     }
 
-    fn assemble(self, origin: Origin) -> Result<Machine, MachineError> {
+    fn assemble(self, origin: Origin, trimmed: BTreeSet<Block>) -> Result<Machine, MachineError> {
         self.devices.iter().try_for_each(Transport::ready)?;
         let bus = Arc::new(Bus::new(self.devices, self.console));
         let (sender, ends) = mpsc::channel();
@@ -398,7 +401,7 @@ impl Parts {
             vm: self.vm,
             memory: self.memory,
             origin,
-            trimmed: Mutex::default(),
+            trimmed: Mutex::new(trimmed),
             flavour: self.flavour,
             msrs: self.msrs,
         })

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryRegion as _, VolatileSlice};
 
@@ -31,7 +32,7 @@ pub(super) struct Piece<'a> {
     pub offset: u64,
     /// In bytes.
     pub length: u64,
-    /// Whether the guest copies it to wherever it likes, page by page.
+    /// Whether the guest copies it to wherever it likes, page by page, and needs it no more once all is copied.
     pub copied: bool,
 }
 
@@ -43,13 +44,15 @@ pub(super) struct Origin {
     seams: Vec<u64>,
     /// The pieces that the guest copies: address and length.
     copied: Vec<(GuestAddress, usize)>,
+    /// Where the guest only reads.
+    constant: Vec<Range<u64>>,
     /// Over the blocks that are replaced; none where the host has none.
     watch: Option<Watch>,
 }
 
 impl Origin {
-    /// The origin of `size` bytes of memory that began as these pieces.
-    pub fn new(size: u64, pieces: &[Piece<'_>]) -> Result<Self, MemoryError> {
+    /// The origin of `size` bytes of memory that began as these pieces, of which the guest only reads `constant`.
+    pub fn new(size: u64, pieces: &[Piece<'_>], constant: Vec<Range<u64>>) -> Result<Self, MemoryError> {
         let memory = memory::anonymous(size, false)?;
         for piece in pieces {
             let length = usize::try_from(piece.length).map_err(|_| MemoryError::Size(size))?;
@@ -65,7 +68,7 @@ impl Origin {
         seams.sort_unstable();
         let copied = pieces.iter().filter(|piece| piece.copied);
         let copied = copied.map(|piece| (GuestAddress(piece.address), piece.length as usize)).collect();
-        Ok(Self { memory, seams, copied, watch: Watch::new().ok() })
+        Ok(Self { memory, seams, copied, constant, watch: Watch::new().ok() })
     }
 
     /// The origin of a clone's memory: the whole of its template's file, region after region.
@@ -76,7 +79,7 @@ impl Origin {
             offset += length;
             piece
         });
-        Self::new(size, &pieces.collect::<Vec<_>>())
+        Self::new(size, &pieces.collect::<Vec<_>>(), Vec::new())
     }
 
     /// Where the guest may have its copies from, by their contents.
@@ -92,6 +95,40 @@ impl Origin {
         }
         self.forget_copied()?;
         Ok(copies)
+    }
+
+    /// Whether the guest is not expected to write to a block: all of it is where it only reads, or copies of pieces.
+    pub fn is_constant(&self, block: Block, memory: &Memory, copies: &Copies) -> io::Result<bool> {
+        let Some(used) = block.of(memory) else { return Ok(false) };
+        let mut page = [0; PAGE];
+        for offset in (0..used.len()).step_by(PAGE) {
+            let address = block.address().0 + offset as u64;
+            if self.constant.iter().any(|range| range.contains(&address)) {
+                continue;
+            }
+            page_of(&used, offset)?.copy_to(&mut page);
+            if self.find(&page, copies)?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether memory is what is left of a piece that the guest has copied, and means nothing any more.
+    pub fn is_left_over(&self, address: GuestAddress, contents: &[u8]) -> io::Result<bool> {
+        let end = address.unchecked_add(contents.len() as u64);
+        if !self.copied.iter().any(|&(start, length)| start <= address && end <= start.unchecked_add(length as u64)) {
+            return Ok(false);
+        }
+        let origin = self.memory.get_slice(address, contents.len()).map_err(io::Error::other)?;
+        let mut page = [0; PAGE];
+        for (index, contents) in contents.chunks(PAGE).enumerate() {
+            page_of(&origin, index * PAGE)?.copy_to(&mut page);
+            if page[..] != *contents {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Replaces a block by its origin, by what was copied into it and by what differs, if that is worth it: whether it was.
@@ -281,7 +318,7 @@ mod tests {
         let file = file(2 * memory::BLOCK);
         let piece =
             Piece { address: memory::BLOCK, file: &file, offset: memory::BLOCK, length: memory::BLOCK, copied: false };
-        let origin = Origin::new(SIZE, &[piece]).unwrap();
+        let origin = Origin::new(SIZE, &[piece], Vec::new()).unwrap();
         let replace = |block, memory| origin.replace(block, memory, &Copies::default()).unwrap();
         let memory = memory::anonymous(SIZE, true).unwrap();
         // The first is nothing but a page, the second the file's but for two, and the third was never there.
@@ -332,7 +369,8 @@ mod tests {
         let length = bytes.len() as u64;
         // In the middle of a block: before and behind it there is nothing.
         let address = 2 * memory::BLOCK + length;
-        let origin = Origin::new(SIZE, &[Piece { address, file: &file, offset: 0, length, copied: true }]).unwrap();
+        let origin =
+            Origin::new(SIZE, &[Piece { address, file: &file, offset: 0, length, copied: true }], Vec::new()).unwrap();
         assert_eq!(
             origin.mappings(Block(2), memory::BLOCK as usize),
             [
@@ -371,6 +409,6 @@ mod tests {
     fn a_file_that_ends_too_soon_begins_nothing() {
         let file = file(100);
         let piece = Piece { address: SIZE, file: &file, offset: 0, length: memory::BLOCK, copied: false };
-        assert!(Origin::new(SIZE, &[piece]).is_err(), "it lies outside the memory");
+        assert!(Origin::new(SIZE, &[piece], Vec::new()).is_err(), "it lies outside the memory");
     }
 }

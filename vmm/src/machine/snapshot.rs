@@ -1,9 +1,8 @@
 //! Machines in files: a machine at rest, written down so that another process can let it go on.
 //!
 //! Two files. The state file begins with [`MAGIC`], the version of the format, the length of the body in bytes and its
-//! CRC-32, each little endian; the body is the machine's processors and devices, and which pieces of its memory are not
-//! zero. The memory file is the guest's memory, region after region, with holes for the other pieces; clones never write
-//! to it. Whatever comes back from either is as untrusted as a guest.
+//! CRC-32, each little endian; the body is the machine's processors and devices, and which pieces of its memory the other
+//! file has. That is the guest's memory, region after region, with holes for what is zero or free; clones never write to it. Whatever comes back from either is as untrusted as a guest.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -12,9 +11,10 @@ use std::os::unix::fs::FileExt as _;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vm_memory::VolatileSlice;
+use vm_memory::{Address as _, VolatileSlice};
 
-use super::memory::{BLOCK, Block, Content, Filling, PIECE};
+use super::memory::{BLOCK, Block, Content, Filling, Kept, PIECE, Pieces};
+use super::origin::Origin;
 use super::x86::state::{VcpuState, VmState};
 use super::{Flavour, MAX_VCPUS, memory};
 use crate::Memory;
@@ -22,7 +22,7 @@ use crate::virtio::transport::SavedTransport;
 
 const MAGIC: [u8; 8] = *b"RUNVM-VM";
 /// To be raised whenever the body's form or meaning changes.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 const HEADER: usize = 24;
 /// No machine has more beside its memory.
 const MAX_BODY: u64 = 256 << 20;
@@ -148,25 +148,28 @@ fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
-/// Writes memory into an empty file, and tells what: all that is not zero. Blocks that were `trimmed` may be there although
-/// no page of theirs is.
+/// Writes memory into an empty file, and tells what: all that is not zero, nor left over of what the guest has copied since
+/// its `origin`. Blocks that were `trimmed` may be there although no page of theirs is.
 pub(super) fn write_memory(
     memory: &Memory,
+    origin: &Origin,
     trimmed: &BTreeSet<Block>,
     pages: &PageMap,
     file: &File,
 ) -> Result<Vec<Content>, SnapshotError> {
-    write_contents(memory, trimmed, pages, file).map_err(failed("write the guest's memory"))
+    write_contents(memory, origin, trimmed, pages, file).map_err(failed("write the guest's memory"))
 }
 
 fn write_contents(
     memory: &Memory,
+    origin: &Origin,
     trimmed: &BTreeSet<Block>,
     pages: &PageMap,
     file: &File,
 ) -> io::Result<Vec<Content>> {
     let size = memory::size(memory);
     file.set_len(size)?;
+    let copies = origin.copies()?;
     let mut written = Vec::new();
     let mut bytes = vec![0; BLOCK as usize];
     for block in Block::all(size) {
@@ -176,18 +179,36 @@ fn write_contents(
         }
         let bytes = &mut bytes[..part.len()];
         part.copy_to(bytes);
-        let mut content = Content { block, pieces: 0 };
-        for (index, piece) in (0..).zip(bytes.chunks(PIECE)) {
-            if piece != &ZERO[..piece.len()] {
-                file.write_all_at(piece, block.offset() + index * PIECE as u64)?;
-                content.pieces |= 1 << index;
+        let pieces = meaningful(block, bytes, origin)?;
+        if pieces == Pieces::default() {
+            continue;
+        }
+        let constant = bytes.len() as u64 == BLOCK && origin.is_constant(block, memory, &copies)?;
+        // The host keeps a file in the pieces that it was written in.
+        let (kept, pieces, at_once) =
+            if constant { (Kept::Constant, Pieces::ALL, bytes.len()) } else { (Kept::Pieces(pieces), pieces, PIECE) };
+        for run in pieces.runs() {
+            let run = run.start..run.end.min(bytes.len());
+            for offset in run.clone().step_by(at_once) {
+                let end = run.end.min(offset + at_once);
+                file.write_all_at(&bytes[offset..end], block.offset() + offset as u64)?;
             }
         }
-        if content.pieces != 0 {
-            written.push(content);
-        }
+        written.push(Content { block, kept });
     }
     Ok(written)
+}
+
+/// The pieces of a block that a clone needs.
+fn meaningful(block: Block, bytes: &[u8], origin: &Origin) -> io::Result<Pieces> {
+    let mut pieces = 0;
+    for (index, piece) in (0..).zip(bytes.chunks(PIECE)) {
+        let address = block.address().unchecked_add(index * PIECE as u64);
+        if piece != &ZERO[..piece.len()] && !origin.is_left_over(address, piece)? {
+            pieces |= 1 << index;
+        }
+    }
+    Ok(Pieces(pieces))
 }
 
 /// The memory of a snapshot for a clone, which is there once the filling is complete.
@@ -240,6 +261,7 @@ fn failed(step: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::origin::Piece;
     use std::os::unix::fs::MetadataExt as _;
     use vm_memory::{Bytes as _, GuestAddress};
 
@@ -251,13 +273,16 @@ mod tests {
             memory.write_obj(value, GuestAddress(place)).unwrap();
         }
         let _: u8 = memory.read_obj(GuestAddress(10 << 20)).unwrap();
+        let origin = Origin::new(64 << 20, &[], Vec::new()).unwrap();
         let write = |memory: &Memory| {
             let file = tempfile::tempfile().unwrap();
-            let contents = write_memory(memory, &BTreeSet::new(), &PageMap::open().unwrap(), &file).unwrap();
+            let contents = write_memory(memory, &origin, &BTreeSet::new(), &PageMap::open().unwrap(), &file).unwrap();
             (file, contents)
         };
         let (file, contents) = write(&memory);
-        let expected = [(0, 1 << 16 | 1), (31, 1 << 31)].map(|(block, pieces)| Content { block: Block(block), pieces });
+        let expected = [(0, 1 << 16 | 1), (31, 1 << 31)];
+        let expected =
+            expected.map(|(block, pieces)| Content { block: Block(block), kept: Kept::Pieces(Pieces(pieces)) });
         assert_eq!(contents, expected);
         assert!(file.metadata().unwrap().blocks() * 512 <= 4 * PIECE as u64);
         let read = |contents: &[Content], file: &File| {
@@ -277,6 +302,44 @@ mod tests {
         assert!(matches!(read(&twice, &second), Err(SnapshotError::Damaged(_))));
         file.set_len(1 << 20).unwrap();
         assert!(matches!(read(&contents, &file), Err(SnapshotError::Damaged(_))));
+    }
+
+    #[test]
+    fn what_is_constant_is_written_at_once_and_what_is_left_over_is_not() {
+        const SIZE: u64 = 5 * BLOCK;
+        let archive: Vec<u8> = (0..2 * BLOCK as usize / PAGE).flat_map(|page| [page as u8 | 1; PAGE]).collect();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&archive, 0).unwrap();
+        let piece = Piece { address: 2 * BLOCK, file: &file, offset: 0, length: 2 * BLOCK, copied: true };
+        let read_only = 0..BLOCK;
+        let origin = Origin::new(SIZE, &[piece], vec![read_only]).unwrap();
+        let memory = memory::anonymous(SIZE, false).unwrap();
+        // The kernel's, with something between two segments; the archive's copy, and what it was copied from, of which
+        // something is in use again; and a copy that something was written to.
+        memory.write_obj(1u8, GuestAddress(70_000)).unwrap();
+        let (half, rest) = archive.split_at(BLOCK as usize);
+        memory.write_slice(half, GuestAddress(BLOCK)).unwrap();
+        memory.write_slice(&archive, GuestAddress(2 * BLOCK)).unwrap();
+        memory.write_obj(2u8, GuestAddress(3 * BLOCK + PIECE as u64)).unwrap();
+        memory.write_slice(rest, GuestAddress(4 * BLOCK)).unwrap();
+        memory.write_obj(2u8, GuestAddress(5 * BLOCK - 1)).unwrap();
+        let (pages, file) = (PageMap::open().unwrap(), tempfile::tempfile().unwrap());
+        let contents = write_memory(&memory, &origin, &BTreeSet::new(), &pages, &file).unwrap();
+        let pieces = |pieces| Kept::Pieces(Pieces(pieces));
+        let expected = [(0, Kept::Constant), (1, Kept::Constant), (3, pieces(1 << 1)), (4, pieces(u32::MAX))];
+        assert_eq!(contents, expected.map(|(block, kept)| Content { block: Block(block), kept }));
+        let (again, filling) = read_memory(SIZE, &contents, &file).unwrap();
+        await_memory(filling).unwrap();
+        let of = |memory: &Memory, address: u64| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        for address in [0, 70_000, BLOCK, 2 * BLOCK - 1, 3 * BLOCK + PIECE as u64, 4 * BLOCK, 5 * BLOCK - 1] {
+            assert_eq!(of(&again, address), of(&memory, address), "at {address:#x}");
+        }
+        assert_eq!(of(&again, 2 * BLOCK), 0);
+        // Written down once more: the pages that are a file's need not be there.
+        let constant = [0, 1].map(Block).into();
+        let origin = Origin::of_template(SIZE, &file).unwrap();
+        let contents = write_memory(&again, &origin, &constant, &pages, &tempfile::tempfile().unwrap()).unwrap();
+        assert_eq!(contents.iter().map(|content| content.block.0).collect::<Vec<_>>(), [0, 1, 3, 4]);
     }
 
     #[test]

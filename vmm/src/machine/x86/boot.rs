@@ -3,13 +3,14 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::thread;
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader as _};
 use object::LittleEndian;
-use object::elf::{FileHeader64, PT_LOAD, ProgramHeader64};
+use object::elf::{FileHeader64, PF_W, PT_LOAD, ProgramHeader64};
 use object::read::elf::{FileHeader as _, ProgramHeader as _};
 use thiserror::Error;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
@@ -135,6 +136,7 @@ struct Segment {
     address: u64,
     offset: u64,
     length: u64,
+    writable: bool,
 }
 
 /// None of a file that is no kernel.
@@ -149,6 +151,7 @@ fn segments(image: &File) -> Vec<Segment> {
         address: header.p_paddr(LittleEndian),
         offset: header.p_offset(LittleEndian),
         length: header.p_filesz(LittleEndian),
+        writable: header.p_flags(LittleEndian) & PF_W != 0,
     };
     loaded.map(segment).collect()
 }
@@ -169,6 +172,15 @@ pub(in crate::machine) fn pieces(kernel: &Kernel, memory: u64) -> Result<Vec<Pie
     }
     pieces.retain(|piece| piece.length > 0 && (piece.address | piece.offset).is_multiple_of(PAGE));
     Ok(pieces)
+}
+
+/// Where a kernel only reads: its segments that are not writable, and what is between each of them and the next one.
+pub(in crate::machine) fn constant(image: &File) -> Vec<Range<u64>> {
+    let mut segments = segments(image);
+    segments.sort_by_key(|segment| segment.address);
+    let next = segments.iter().skip(1).map(|next| next.address);
+    let ranges = segments.iter().zip(next).filter(|(segment, _)| !segment.writable);
+    ranges.map(|(segment, next)| segment.address..next).collect()
 }
 
 /// Where the archive is, at the end of the memory below the devices, and how long.
