@@ -3,15 +3,18 @@
 pub mod guest_log;
 mod size;
 
+use std::future::{pending, poll_fn};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{Future as _, maybe_done};
 use oci_spec::runtime::LinuxIdMapping;
 use runvm_protocol::agent as wire;
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
 use thiserror::Error;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, oneshot};
 
 use crate::agent::{Agent, AgentError};
 use crate::error::sentence;
@@ -151,7 +154,17 @@ impl Sandbox {
         let (spares, spare_nics) = spare_nics(nics.len(), config.vm.needs_qemu(accelerator))?;
         log::stage("taps made");
         let backend = config.vm.backend(accelerator);
-        let vm = backend.boot(Machine {
+        let (early, channel) = oneshot::channel();
+        let configuring = async {
+            match channel.await {
+                Ok(channel) => configure(config, network, channel).await,
+                // There is no machine, which whoever makes it tells.
+                Err(_) => pending().await,
+            }
+        };
+        // It goes on while the machine is made: what is first said to the agent is there when it listens.
+        let mut configured = pin!(maybe_done(configuring));
+        let machine = Machine {
             accelerator,
             vcpus: config.size.vcpus,
             memory: config.size.memory,
@@ -161,10 +174,14 @@ impl Sandbox {
             console: config.console.clone(),
             log: config.log.clone(),
             cgroup: config.cgroup.clone(),
-        });
+        };
+        let mut booting = pin!(tokio::time::timeout(BOOT_LIMIT, backend.boot(machine, early)));
         let silent = |limit: Duration| format!("no answer of its agent within {} s", limit.as_secs());
-        let booted = tokio::time::timeout(BOOT_LIMIT, vm).await;
-        let mut vm = match booted.map_err(|_| SandboxError::Boot { accelerator, reason: silent(BOOT_LIMIT) })? {
+        let booted = poll_fn(|context| {
+            let _ = configured.as_mut().poll(context);
+            booting.as_mut().poll(context)
+        });
+        let mut vm = match booted.await.map_err(|_| SandboxError::Boot { accelerator, reason: silent(BOOT_LIMIT) })? {
             Err(VmmError::Machine(reason)) => return Err(SandboxError::Boot { accelerator, reason }),
             Err(error @ VmmError::GaveUp) => {
                 return Err(SandboxError::Boot { accelerator, reason: error.to_string() });
@@ -173,18 +190,18 @@ impl Sandbox {
         };
         let limit = if vm.template.is_some() { FORK_LIMIT } else { BOOT_LIMIT };
         let configured = tokio::select! {
-            configured = tokio::time::timeout(limit, configure(config, network, vm.channel.clone())) => configured,
-            reason = vm.ended() => Ok(Err(SandboxError::Boot { accelerator, reason })),
+            waited = tokio::time::timeout(limit, configured.as_mut()) => waited.ok().and_then(|()| configured.take_output()),
+            reason = vm.ended() => Some(Err(SandboxError::Boot { accelerator, reason })),
         };
         let reason = match configured {
-            Ok(Err(SandboxError::Boot { reason, .. })) => reason,
-            Ok(Err(SandboxError::Agent(AgentError::Channel(_)))) => {
+            Some(Err(SandboxError::Boot { reason, .. })) => reason,
+            Some(Err(SandboxError::Agent(AgentError::Channel(_)))) => {
                 match tokio::time::timeout(END_NOTICE, vm.ended()).await {
                     Ok(reason) => reason,
                     Err(_) => "its agent closed the channel".to_owned(),
                 }
             }
-            Ok(agent) => {
+            Some(agent) => {
                 let agent = agent?;
                 log::stage("guest ready");
                 probe::proved(accelerator);
@@ -195,7 +212,7 @@ impl Sandbox {
                 };
                 return Ok(Self { agent, vm, late_network: Arc::new(late_network) });
             }
-            Err(_) => silent(limit),
+            None => silent(limit),
         };
         Err(match vm.template.take() {
             Some(key) => VmmError::from(TemplateError::Useless { key, reason }).into(),

@@ -24,6 +24,7 @@ use thiserror::Error;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, Interest};
 use tokio::process::Child;
+use tokio::sync::oneshot;
 
 use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::process::ProcessIdentity;
@@ -120,14 +121,18 @@ pub enum VmmError {
     Start(#[source] io::Error),
 }
 
+/// Where the way to a machine's agent is told.
+pub type Early = oneshot::Sender<Arc<dyn Channel>>;
+
 /// A backend.
 #[async_trait]
 pub trait Vmm: Send + Sync {
-    /// Starts a machine. Its guest may still be booting when this returns.
+    /// Starts a machine. Its guest may still be booting when this returns. The way to its agent is sent to `early` as soon
+    /// as streams can be opened, which may be before: the agent has what is sent to it by then when it comes to listen.
     ///
     /// # Errors
     /// [`VmmError`].
-    async fn boot(&self, machine: Machine) -> Result<Vm, VmmError>;
+    async fn boot(&self, machine: Machine, early: Early) -> Result<Vm, VmmError>;
 }
 
 /// A running machine. It ends when this is dropped, and with the thread that booted it.

@@ -18,7 +18,7 @@ use tokio::process::Command;
 use super::assets::Assets;
 use super::parameters::Translator;
 use super::probe::{Accelerator, Kvm};
-use super::{ByteStream, Channel, Machine, Vm, Vmm, VmmError, parameters};
+use super::{ByteStream, Channel, Early, Machine, Vm, Vmm, VmmError, parameters};
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
 use crate::log;
 use crate::share;
@@ -55,7 +55,7 @@ impl Qemu {
 
 #[async_trait]
 impl Vmm for Qemu {
-    async fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
+    async fn boot(&self, machine: Machine, early: Early) -> Result<Vm, VmmError> {
         let kernel = self.assets.kernel(machine.accelerator)?;
         let initramfs = self.assets.initramfs()?;
         if !Self::installed() {
@@ -103,6 +103,9 @@ impl Vmm for Qemu {
             }
         });
         log::stage("vmm started");
+        let channel: Arc<dyn Channel> = Arc::new(SerialChannel(opener));
+        // Whoever starts a machine and wants no way to its agent has none.
+        let _ = early.send(channel.clone());
         let words = process.stderr.take().map(|stderr| Box::new(stderr) as Box<_>);
         Ok(Vm {
             process,
@@ -110,7 +113,7 @@ impl Vmm for Qemu {
             share: Some(share),
             words,
             template: None,
-            channel: Arc::new(SerialChannel(opener)),
+            channel,
             streams: mux::MAX_STREAMS,
             spare_nics,
         })

@@ -193,6 +193,8 @@ impl Machine {
     /// Lets it run.
     pub fn resume(&self) {
         self.bus.devices().for_each(|mut device| device.go_on());
+        // What has come for the guest is there when a processor looks for it, which else may keep the device from its turn.
+        self.bus.devices().for_each(|device| device.await_begin());
         self.vcpus.resume();
     }
 

@@ -361,6 +361,11 @@ impl Transport {
         }
     }
 
+    /// Waits until a device that goes on does.
+    pub fn await_begin(&self) {
+        self.worker.await_begin();
+    }
+
     fn begin(&mut self) {
         match self.io() {
             Ok(io) => self.worker.serve(io),

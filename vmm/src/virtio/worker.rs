@@ -33,6 +33,7 @@ pub struct Worker {
     stop: Event,
     failed: Arc<AtomicBool>,
     orders: Option<Sender<Order>>,
+    underway: Receiver<()>,
     ended: Receiver<Io>,
     confined: Receiver<io::Result<()>>,
     serving: bool,
@@ -49,6 +50,7 @@ impl Worker {
         let stop = Event::new()?;
         let failed = Arc::new(AtomicBool::new(false));
         let (orders, received) = mpsc::channel();
+        let (begun, underway) = mpsc::channel();
         let (answers, ended) = mpsc::channel();
         let (report, confined) = mpsc::channel();
         let thread = {
@@ -67,7 +69,7 @@ impl Worker {
                             continue;
                         }
                     };
-                    if let Err(error) = serve(device.as_mut(), &mut io, &stop) {
+                    if let Err(error) = serve(device.as_mut(), &mut io, &stop, Begun(&begun)) {
                         report_failure(kind, &error);
                         failed.store(true, Ordering::Release);
                         if let Some(queue) = io.queues.first() {
@@ -80,7 +82,7 @@ impl Worker {
                 }
             })?
         };
-        Ok(Self { stop, failed, orders: Some(orders), ended, confined, serving: false, thread: Some(thread) })
+        Ok(Self { stop, failed, orders: Some(orders), underway, ended, confined, serving: false, thread: Some(thread) })
     }
 
     /// Waits until the thread is confined, which is to be seen before the guest runs.
@@ -93,7 +95,17 @@ impl Worker {
 
     /// Has the device served from now on.
     pub fn serve(&mut self, io: Io) {
+        // What nobody waited for when it was served before.
+        while self.underway.try_recv().is_ok() {}
         self.serving = self.orders.as_ref().is_some_and(|orders| orders.send(Order::Serve(io)).is_ok());
+    }
+
+    /// Waits until the thread has begun to serve the device, if it is to be served.
+    pub fn await_begin(&self) {
+        if self.serving {
+            // A thread that is gone serves nothing, which the driver will see.
+            let _ = self.underway.recv();
+        }
     }
 
     /// Waits until the device is not served any more; what it was served with, if it was.
@@ -143,7 +155,17 @@ impl Drop for Worker {
     }
 }
 
-fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event) -> Result<(), DeviceError> {
+/// Tells, once it is dropped, that a device is served, or will not be.
+struct Begun<'a>(&'a Sender<()>);
+
+impl Drop for Begun<'_> {
+    fn drop(&mut self) {
+        // Nobody may be waiting.
+        let _ = self.0.send(());
+    }
+}
+
+fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event, begun: Begun<'_>) -> Result<(), DeviceError> {
     io.poller.add(stop, STOP, EventFlags::IN).map_err(DeviceError::host("wait for the machine"))?;
     for (token, queue) in (FIRST_KICK..).zip(&io.queues) {
         io.poller
@@ -153,6 +175,7 @@ fn serve(device: &mut dyn Device, io: &mut Io, stop: &Event) -> Result<(), Devic
         queue.kick();
     }
     device.start(io)?;
+    drop(begun);
     loop {
         for ready in io.poller.wait().map_err(DeviceError::host("wait for the guest"))? {
             if ready.token == STOP {

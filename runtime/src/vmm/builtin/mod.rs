@@ -30,7 +30,7 @@ use tokio::process::{Child, Command};
 use super::assets::Assets;
 use super::parameters::{self, Processors};
 use super::probe::{Accelerator, Kvm};
-use super::{Machine, Vm, Vmm, VmmError};
+use super::{Channel, Early, Machine, Vm, Vmm, VmmError};
 use crate::host::boot_id;
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
 use crate::log;
@@ -96,7 +96,7 @@ impl Builtin {
     pub async fn make_template(&self, machine: &Machine) -> Result<String, VmmError> {
         let shape = self.shape(machine)?.ok_or(VmmError::NoTemplates)?;
         if let Some(draft) = self.store.begin(&shape)? {
-            let (_, saving) = begin(machine, self.booting(machine, None, true)?, Some(draft.files()?)).await?;
+            let (_, saving) = begin(machine, self.booting(machine, None, true)?, Some(draft.files()?), None).await?;
             match saving {
                 Saving::Done => draft.commit()?,
                 Saving::Failed(reason) => return Err(VmmError::Machine(reason)),
@@ -117,14 +117,13 @@ impl Builtin {
         })
     }
 
-    /// Forks the machine from a template; none where there is no template.
-    async fn fork(&self, machine: &Machine, shape: &Shape) -> Result<Option<Vm>, VmmError> {
-        let Some(files) = self.store.open(shape) else { return Ok(None) };
+    /// Forks the machine from a template's files.
+    async fn fork(&self, machine: &Machine, shape: &Shape, files: Files, early: Early) -> Result<Vm, VmmError> {
         let key = shape.key();
-        match begin(machine, Beginning::Restore, Some(files)).await {
+        match begin(machine, Beginning::Restore, Some(files), Some(early)).await {
             Ok((vm, _)) => {
                 log::stage("machine forked");
-                Ok(Some(Vm { template: Some(key), ..vm }))
+                Ok(Vm { template: Some(key), ..vm })
             }
             Err(VmmError::Machine(reason)) => Err(TemplateError::Useless { key, reason }.into()),
             Err(error) => Err(error),
@@ -132,7 +131,7 @@ impl Builtin {
     }
 
     /// Boots the machine, and lets it become a template where that is wanted. Without one the machine is none the worse.
-    async fn boot_cold(&self, machine: &Machine, shape: Option<&Shape>) -> Result<Vm, VmmError> {
+    async fn boot_cold(&self, machine: &Machine, shape: Option<&Shape>, early: Early) -> Result<Vm, VmmError> {
         let draft = shape.and_then(|shape| self.store.begin(shape).unwrap_or_else(complain));
         let draft = draft.and_then(|draft| match draft.files() {
             Ok(files) => Some((draft, files)),
@@ -140,7 +139,7 @@ impl Builtin {
         });
         let (draft, files) = draft.unzip();
         let beginning = self.booting(machine, machine.console.as_deref(), files.is_some())?;
-        match begin(machine, beginning, files).await {
+        match begin(machine, beginning, files, Some(early)).await {
             Ok((vm, saving)) => {
                 log::stage("machine booted");
                 settle(draft, saving);
@@ -157,7 +156,7 @@ impl Builtin {
         let Ok(console) = tempfile::NamedTempFile::new() else { return silent };
         let Ok(beginning) = self.booting(machine, Some(console.path()), false) else { return silent };
         // One that boots this time, or hangs, has no last words.
-        match tokio::time::timeout(LAST_WORDS_LIMIT, begin(machine, beginning, None)).await {
+        match tokio::time::timeout(LAST_WORDS_LIMIT, begin(machine, beginning, None, None)).await {
             Ok(Err(VmmError::GaveUp)) => {}
             _ => return silent,
         }
@@ -205,25 +204,32 @@ fn flavour(machine: &Machine) -> Result<Flavour, VmmError> {
 
 #[async_trait]
 impl Vmm for Builtin {
-    async fn boot(&self, machine: Machine) -> Result<Vm, VmmError> {
+    async fn boot(&self, machine: Machine, early: Early) -> Result<Vm, VmmError> {
         let shape = match self.templates {
             template::Use::Off => None,
             template::Use::Auto | template::Use::Require => self.shape(&machine)?,
         };
         if let Some(shape) = &shape
-            && let Some(vm) = self.fork(&machine, shape).await?
+            && let Some(files) = self.store.open(shape)
         {
-            return Ok(vm);
+            return self.fork(&machine, shape, files, early).await;
         }
         if self.templates == template::Use::Require {
             return Err(TemplateError::Missing(shape.as_ref().map_or("its console is shown".into(), Shape::key)).into());
         }
-        self.boot_cold(&machine, shape.as_ref()).await
+        self.boot_cold(&machine, shape.as_ref(), early).await
     }
 }
 
 /// Starts a machine's process, and waits until its guest's agent listens.
-async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) -> Result<(Vm, Saving), VmmError> {
+async fn begin(
+    machine: &Machine,
+    beginning: Beginning,
+    files: Option<Files>,
+    mut early: Option<Early>,
+) -> Result<(Vm, Saving), VmmError> {
+    // What becomes a template has heard nothing when it is written down.
+    let becomes_template = matches!(beginning, Beginning::Boot { save: true, .. });
     let description = Description {
         flavour: flavour(machine)?,
         vcpus: machine.vcpus,
@@ -244,9 +250,14 @@ async fn begin(machine: &Machine, beginning: Beginning, files: Option<Files>) ->
     control.set_nonblocking(true).map_err(VmmError::Start)?;
     let mut control = UnixStream::from_std(control).map_err(VmmError::Start)?;
     log::stage("vmm started");
+    let channel: Arc<dyn Channel> = Arc::new(doorway);
+    let mut tell = || early.take().map(|early| early.send(channel.clone()));
+    if !becomes_template {
+        tell();
+    }
     let report = converse(&mut control, &description).await?;
+    tell();
     let words: super::Words = Some(Box::new(control));
-    let channel = Arc::new(doorway);
     let spare_nics = (0..machine.spare_nics.len()).map(|index| device_word(FIRST_NIC + machine.nics.len() + index));
     let mut vm = Vm {
         process,
