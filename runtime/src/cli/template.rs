@@ -93,6 +93,7 @@ fn create(globals: &Globals, args: &CreateArgs) -> Result<()> {
             console: None,
             log: globals.log.clone(),
             cgroup: None,
+            blank: None,
         };
         let builtin = Builtin::new(Assets::find(), globals.vm.templates, globals.vm.store());
         Ok(builtin.make_template(&machine).await.map_err(SandboxError::from)?)

@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
+use tokio::runtime::Runtime;
 
 use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel, preserved};
 use crate::bundle::{self, Bundle, GuestSpec};
@@ -24,7 +25,7 @@ use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
 use crate::state::Container;
-use crate::vmm;
+use crate::vmm::{self, Blank};
 use start::Start;
 
 pub use attend::{KILL_SENT, KILLED, Process, attend};
@@ -87,6 +88,13 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     raise_limit_of_files().map_err(Error::system("raise the limit of open files"))?;
     // The engine's terminal, and signals to its process group, are not the monitor's.
     setsid().map_err(Error::system("make a session"))?;
+    let runtime = runtime()?;
+    // It begins while everything else is looked at, and cannot be told of it any sooner.
+    let blank = options.vm.promise_builtin().then(|| {
+        let _inside = runtime.enter();
+        Blank::start(&options.log, None)
+    });
+    let blank = blank.transpose().map_err(SandboxError::from)?;
     let bundle = Bundle::load(&options.bundle)?;
     let guest = bundle::split(&bundle, &options.id)?;
     let namespace = bundle.network_namespace();
@@ -101,8 +109,8 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to the creator"))?;
     owner.await_go().map_err(Error::system("wait for the creator"))?;
     log::stage("hooks done");
-    let work =
-        |standing| single_threaded(run(options, &bundle, guest, Streams { terminal, preserved }, owner, standing));
+    let streams = Streams { terminal, preserved };
+    let work = |standing| to_its_end(runtime, run(options, &bundle, guest, blank, streams, owner, standing));
     stand_in::behind(&bundle.rootfs, work).map_err(Error::system("start a thread"))?
 }
 
@@ -114,10 +122,14 @@ fn raise_limit_of_files() -> io::Result<()> {
 
 /// Runs to the end of `work` on this thread, and leaves threads that still read stdin to the process's end.
 pub fn single_threaded<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(Error::system("start the runtime"))?;
+    to_its_end(runtime()?, work)
+}
+
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::system("start the runtime"))
+}
+
+fn to_its_end<T>(runtime: Runtime, work: impl Future<Output = Result<T>>) -> Result<T> {
     let result = runtime.block_on(work);
     runtime.shutdown_background();
     result
@@ -141,12 +153,13 @@ async fn run(
     options: &Options,
     bundle: &Bundle,
     guest: GuestSpec,
+    blank: Option<Blank>,
     streams: Streams,
     owner: &mut Owner,
     standing: Standing,
 ) -> Result<u8> {
     let Streams { terminal, preserved } = streams;
-    let mut sandbox = Sandbox::boot(Config {
+    let config = Config {
         vm: options.vm.clone(),
         size: Size::of(&bundle.spec),
         exports: guest.exports.clone(),
@@ -155,8 +168,8 @@ async fn run(
         log: options.log.clone(),
         console: options.guest_console.clone(),
         cgroup: None,
-    })
-    .await?;
+    };
+    let mut sandbox = Sandbox::boot(config, blank).await?;
     let descriptors = match &terminal {
         Some(slave) => Descriptors::terminal(slave),
         None => Descriptors::inherited(bundle.terminal()),

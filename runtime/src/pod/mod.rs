@@ -401,7 +401,7 @@ async fn boot(
         console: options.console.clone(),
         cgroup: Some(cgroup.clone()),
     };
-    Ok(Sandbox::boot(config).await?)
+    Ok(Sandbox::boot(config, None).await?)
 }
 
 fn remove_after_failure<T>(cgroup: &Cgroup, outcome: Result<T>) -> Result<T> {

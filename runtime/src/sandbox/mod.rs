@@ -27,7 +27,7 @@ use crate::network::{self, Network, NetworkError};
 use crate::share::{Export, Served};
 use crate::template::{self, TemplateError};
 use crate::vmm::probe::{self, Accelerator, Choice, NoKvm, Wanted};
-use crate::vmm::{self, Channel, Machine, Nic, Vm, VmmError};
+use crate::vmm::{self, Blank, Channel, Machine, Nic, Vm, VmmError};
 
 pub use size::Size;
 
@@ -101,16 +101,17 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Boots a VM. It must be called in the container's network namespace, whose interfaces are handed on.
+    /// Boots a VM, in a process that has begun if there is one. It must be called in the container's network namespace, whose
+    /// interfaces are handed on.
     ///
     /// # Errors
     /// [`SandboxError`]; then nothing of the VM is left.
-    pub async fn boot(mut config: Config) -> Result<Self, SandboxError> {
+    pub async fn boot(mut config: Config, blank: Option<Blank>) -> Result<Self, SandboxError> {
         let choice = probe::choose(config.vm.accelerator)?;
         log::stage("probed");
         let network = network::scan().await?;
         log::stage("network scanned");
-        let failure = match Self::boot_over(&mut config, &network, choice.accelerator).await {
+        let failure = match Self::boot_over(&mut config, &network, choice.accelerator, blank).await {
             Err(SandboxError::Boot { reason, .. })
                 if config.vm.accelerator == Wanted::Auto && choice.accelerator != Accelerator::Tcg =>
             {
@@ -120,12 +121,17 @@ impl Sandbox {
         };
         let Choice { accelerator, reason } = probe::kvm_failed(&failure);
         tracing::warn!("starting without KVM: {reason}");
-        Self::boot_with(&config, &network, accelerator).await
+        Self::boot_with(&config, &network, accelerator, None).await
     }
 
     /// Boots once more where the machine's template turns out to be of no use, which is removed.
-    async fn boot_over(config: &mut Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
-        let (key, reason) = match Self::boot_with(config, network, accelerator).await {
+    async fn boot_over(
+        config: &mut Config,
+        network: &Network,
+        accelerator: Accelerator,
+        blank: Option<Blank>,
+    ) -> Result<Self, SandboxError> {
+        let (key, reason) = match Self::boot_with(config, network, accelerator, blank).await {
             Err(SandboxError::Vmm(VmmError::Template(TemplateError::Useless { key, reason })))
                 if config.vm.templates == template::Use::Auto =>
             {
@@ -142,10 +148,15 @@ impl Sandbox {
                 config.vm.templates = template::Use::Off;
             }
         }
-        Self::boot_with(config, network, accelerator).await
+        Self::boot_with(config, network, accelerator, None).await
     }
 
-    async fn boot_with(config: &Config, network: &Network, accelerator: Accelerator) -> Result<Self, SandboxError> {
+    async fn boot_with(
+        config: &Config,
+        network: &Network,
+        accelerator: Accelerator,
+        blank: Option<Blank>,
+    ) -> Result<Self, SandboxError> {
         let mut nics = Vec::new();
         for (index, interface) in network.interfaces.iter().enumerate() {
             let tap = network::attach(interface, network.resolver).await?;
@@ -174,6 +185,7 @@ impl Sandbox {
             console: config.console.clone(),
             log: config.log.clone(),
             cgroup: config.cgroup.clone(),
+            blank,
         };
         let mut booting = pin!(tokio::time::timeout(BOOT_LIMIT, backend.boot(machine, early)));
         let silent = |limit: Duration| format!("no answer of its agent within {} s", limit.as_secs());

@@ -31,7 +31,7 @@ use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::share::{self, Export, Served, ShareError};
 use crate::template::TemplateError;
-pub use builtin::Builtin;
+pub use builtin::{Blank, Builtin};
 pub use configuration::{Configuration, ConfigurationError};
 pub use options::{Arguments, Options};
 use probe::Accelerator;
@@ -58,6 +58,8 @@ pub struct Machine {
     pub log: log::Options,
     /// The cgroup that the VM's processes are born in, where that is not this process's own.
     pub cgroup: Option<Arc<Cgroup>>,
+    /// A process for the built-in VMM's machine, where one has begun.
+    pub blank: Option<Blank>,
 }
 
 impl Machine {
@@ -65,11 +67,11 @@ impl Machine {
     fn all_nics(&self) -> impl Iterator<Item = &Nic> {
         self.nics.iter().chain(&self.spare_nics)
     }
+}
 
-    /// Has a process of the VM be born where it belongs. To be called before the command's descriptors are arranged.
-    fn settle(&self, command: &mut Command) -> Result<(), VmmError> {
-        Ok(self.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup.adopt(command))?)
-    }
+/// Has a process of a VM be born where it belongs. To be called before the command's descriptors are arranged.
+fn settle(command: &mut Command, cgroup: Option<&Arc<Cgroup>>) -> Result<(), VmmError> {
+    Ok(cgroup.map_or(Ok(()), |cgroup| cgroup.adopt(command))?)
 }
 
 /// A network device over a tap of the host.

@@ -1,7 +1,7 @@
 //! What the user may say of the VM: on the command line, in the environment, or in the configuration. It is handed down
 //! to the processes that follow.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::{Args, ValueEnum};
@@ -90,6 +90,16 @@ impl Options {
             Wanted::Builtin => false,
             Wanted::Qemu => true,
         }
+    }
+
+    /// Whether a machine is the built-in VMM's, as far as can be told before anybody has looked at the host.
+    pub fn promise_builtin(&self) -> bool {
+        let kvm = match self.accelerator {
+            probe::Wanted::Auto => Path::new("/dev/kvm").exists(),
+            probe::Wanted::Kvm => true,
+            probe::Wanted::Tcg => false,
+        };
+        kvm && self.vmm != Wanted::Qemu
     }
 
     /// The backend for a machine with this accelerator.

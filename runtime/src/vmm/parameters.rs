@@ -133,6 +133,7 @@ mod tests {
             console: None,
             log: log::Options::default(),
             cgroup: None,
+            blank: None,
         }
     }
 

@@ -18,7 +18,7 @@ use tokio::process::Command;
 use super::assets::Assets;
 use super::parameters::Translator;
 use super::probe::{Accelerator, Kvm};
-use super::{ByteStream, Channel, Early, Machine, Vm, Vmm, VmmError, parameters};
+use super::{ByteStream, Channel, Early, Machine, Vm, Vmm, VmmError, parameters, settle};
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
 use crate::log;
 use crate::share;
@@ -62,7 +62,7 @@ impl Vmm for Qemu {
             return Err(VmmError::Program { program: PROGRAM, package: "qemu-system-x86" });
         }
         let mut command = Command::new(PROGRAM);
-        machine.settle(command.as_std_mut())?;
+        settle(command.as_std_mut(), machine.cgroup.as_ref())?;
         let mut share = spawn_share(&machine)?;
         let (ours, theirs) = UnixStream::pair().map_err(VmmError::Start)?;
         let mut arguments = Arguments::default();
@@ -136,7 +136,7 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
 
 fn spawn_share(machine: &Machine) -> Result<share::Daemon, VmmError> {
     let mut program = own_program();
-    machine.settle(&mut program)?;
+    settle(&mut program, machine.cgroup.as_ref())?;
     machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
     end_with_owner(&mut program);
     Ok(share::spawn(program, &machine.exports)?)

@@ -1,15 +1,25 @@
 //! What a VM's owner and its process say to each other.
 
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use runvm_vmm::machine::Flavour;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
+};
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncWriteExt as _, Interest};
+use tokio::net::UnixStream;
 
 use crate::share::{Export, SetupError};
 
-/// The descriptors that the process gets beside its stdio: the doorway, a tap for each network device, and a template's
-/// state and memory where the machine begins as one or becomes one.
-pub(super) const FIRST_DESCRIPTOR: i32 = 3;
+/// How many descriptors one message carries at most: `SCM_MAX_FD` in net/scm.h.
+const MAX_DESCRIPTORS: usize = 253;
+/// How much is read of a description at a time, in bytes.
+const CHUNK: usize = 16 << 10;
 
 /// How many devices there are before the network's.
 pub(super) const FIRST_NIC: usize = 4;
@@ -71,12 +81,42 @@ pub(super) enum Failure {
 }
 
 impl Description {
-    /// How many descriptors there are.
-    pub(super) fn descriptors(&self) -> i32 {
-        let files = match &self.beginning {
-            Beginning::Boot { save: false, .. } => 0,
-            Beginning::Boot { save: true, .. } | Beginning::Restore => 2,
-        };
-        1 + self.macs.len() as i32 + files
+    /// Sends it to a VM's process, with the doorway, a tap for each network device, and a template's state and memory where the
+    /// machine begins as one or becomes one.
+    pub(super) async fn send(&self, control: &mut UnixStream, descriptors: &[OwnedFd]) -> io::Result<()> {
+        let text = serde_json::to_vec(self)?;
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(descriptors.len()))];
+        let sent = control.async_io(Interest::WRITABLE, || {
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+            Ok(sendmsg(&*control, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL)?)
+        });
+        let sent = sent.await?;
+        control.write_all(&text[sent..]).await?;
+        control.shutdown().await
+    }
+
+    /// Receives one, and its descriptors; none where the owner has none.
+    pub(super) fn receive(control: impl AsFd) -> io::Result<Option<(Self, Vec<OwnedFd>)>> {
+        let (mut text, mut descriptors) = (Vec::new(), Vec::new());
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let received = rustix::io::retry_on_intr(|| {
+                recvmsg(&control, &mut [IoSliceMut::new(&mut chunk)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+            })?;
+            for message in ancillary.drain() {
+                if let RecvAncillaryMessage::ScmRights(received) = message {
+                    descriptors.extend(received);
+                }
+            }
+            match received.bytes {
+                0 if text.is_empty() => return Ok(None),
+                0 => return Ok(Some((serde_json::from_slice(&text)?, descriptors))),
+                bytes => text.extend_from_slice(&chunk[..bytes]),
+            }
+        }
     }
 }

@@ -6,45 +6,35 @@
 //!
 //! Where there is a template of the same shape the machine is forked from it, and else it boots, and may become one.
 
+mod blank;
 mod channel;
 pub mod confinement;
 mod description;
 mod process;
 
-use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream as BlockingStream;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use command_fds::{CommandFdExt as _, FdMapping};
 use runvm_vmm::machine::{Flavour, device_word};
 use runvm_vmm::virtio::vsock::MAX_CONNECTIONS;
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
 
 use super::assets::Assets;
 use super::parameters::{self, Processors};
 use super::probe::{Accelerator, Kvm};
 use super::{Channel, Early, Machine, Vm, Vmm, VmmError};
 use crate::host::boot_id;
-use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
 use crate::log;
 use crate::share::ShareError;
 use crate::template::{self, Draft, FileIdentity, Files, Shape, Store, TemplateError};
+pub use blank::Blank;
 use channel::Doorway;
-use description::{Beginning, Description, FIRST_NIC, Failure, Report, Saving};
+use description::{Beginning, Description, FIRST_NIC, Failure, Saving};
 pub use process::main as process_main;
 
 /// The verb that makes this program a VM's process.
 pub const VERB: &str = "vm";
-
-/// The longest report, in bytes: an error with a path in it.
-const MAX_REPORT: usize = 16 << 10;
 
 /// How long a guest may take to give up once more.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(20);
@@ -96,7 +86,8 @@ impl Builtin {
     pub async fn make_template(&self, machine: &Machine) -> Result<String, VmmError> {
         let shape = self.shape(machine)?.ok_or(VmmError::NoTemplates)?;
         if let Some(draft) = self.store.begin(&shape)? {
-            let (_, saving) = begin(machine, self.booting(machine, None, true)?, Some(draft.files()?), None).await?;
+            let (_, saving) =
+                begin(machine, self.booting(machine, None, true)?, Some(draft.files()?), Haste::default()).await?;
             match saving {
                 Saving::Done => draft.commit()?,
                 Saving::Failed(reason) => return Err(VmmError::Machine(reason)),
@@ -118,9 +109,9 @@ impl Builtin {
     }
 
     /// Forks the machine from a template's files.
-    async fn fork(&self, machine: &Machine, shape: &Shape, files: Files, early: Early) -> Result<Vm, VmmError> {
+    async fn fork(&self, machine: &Machine, shape: &Shape, files: Files, haste: Haste) -> Result<Vm, VmmError> {
         let key = shape.key();
-        match begin(machine, Beginning::Restore, Some(files), Some(early)).await {
+        match begin(machine, Beginning::Restore, Some(files), haste).await {
             Ok((vm, _)) => {
                 log::stage("machine forked");
                 Ok(Vm { template: Some(key), ..vm })
@@ -131,7 +122,7 @@ impl Builtin {
     }
 
     /// Boots the machine, and lets it become a template where that is wanted. Without one the machine is none the worse.
-    async fn boot_cold(&self, machine: &Machine, shape: Option<&Shape>, early: Early) -> Result<Vm, VmmError> {
+    async fn boot_cold(&self, machine: &Machine, shape: Option<&Shape>, haste: Haste) -> Result<Vm, VmmError> {
         let draft = shape.and_then(|shape| self.store.begin(shape).unwrap_or_else(complain));
         let draft = draft.and_then(|draft| match draft.files() {
             Ok(files) => Some((draft, files)),
@@ -139,7 +130,7 @@ impl Builtin {
         });
         let (draft, files) = draft.unzip();
         let beginning = self.booting(machine, machine.console.as_deref(), files.is_some())?;
-        match begin(machine, beginning, files, Some(early)).await {
+        match begin(machine, beginning, files, haste).await {
             Ok((vm, saving)) => {
                 log::stage("machine booted");
                 settle(draft, saving);
@@ -156,7 +147,7 @@ impl Builtin {
         let Ok(console) = tempfile::NamedTempFile::new() else { return silent };
         let Ok(beginning) = self.booting(machine, Some(console.path()), false) else { return silent };
         // One that boots this time, or hangs, has no last words.
-        match tokio::time::timeout(LAST_WORDS_LIMIT, begin(machine, beginning, None, None)).await {
+        match tokio::time::timeout(LAST_WORDS_LIMIT, begin(machine, beginning, None, Haste::default())).await {
             Ok(Err(VmmError::GaveUp)) => {}
             _ => return silent,
         }
@@ -204,7 +195,8 @@ fn flavour(machine: &Machine) -> Result<Flavour, VmmError> {
 
 #[async_trait]
 impl Vmm for Builtin {
-    async fn boot(&self, machine: Machine, early: Early) -> Result<Vm, VmmError> {
+    async fn boot(&self, mut machine: Machine, early: Early) -> Result<Vm, VmmError> {
+        let haste = Haste { early: Some(early), blank: machine.blank.take() };
         let shape = match self.templates {
             template::Use::Off => None,
             template::Use::Auto | template::Use::Require => self.shape(&machine)?,
@@ -212,13 +204,20 @@ impl Vmm for Builtin {
         if let Some(shape) = &shape
             && let Some(files) = self.store.open(shape)
         {
-            return self.fork(&machine, shape, files, early).await;
+            return self.fork(&machine, shape, files, haste).await;
         }
         if self.templates == template::Use::Require {
             return Err(TemplateError::Missing(shape.as_ref().map_or("its console is shown".into(), Shape::key)).into());
         }
-        self.boot_cold(&machine, shape.as_ref(), early).await
+        self.boot_cold(&machine, shape.as_ref(), haste).await
     }
+}
+
+/// What spares a start some waiting.
+#[derive(Default)]
+struct Haste {
+    early: Option<Early>,
+    blank: Option<Blank>,
 }
 
 /// Starts a machine's process, and waits until its guest's agent listens.
@@ -226,7 +225,7 @@ async fn begin(
     machine: &Machine,
     beginning: Beginning,
     files: Option<Files>,
-    mut early: Option<Early>,
+    haste: Haste,
 ) -> Result<(Vm, Saving), VmmError> {
     // What becomes a template has heard nothing when it is written down.
     let becomes_template = matches!(beginning, Beginning::Boot { save: true, .. });
@@ -239,24 +238,28 @@ async fn begin(
         spare: machine.spare_nics.len(),
         beginning,
     };
-    let (control, theirs) = BlockingStream::pair().map_err(VmmError::Start)?;
     let (doorway, door) = Doorway::pair().map_err(VmmError::Start)?;
     let mut descriptors = vec![door];
     for nic in machine.all_nics() {
         descriptors.push(nic.tap.try_clone().map_err(VmmError::Start)?);
     }
     descriptors.extend(files.into_iter().flat_map(|files| [files.state.into(), files.memory.into()]));
-    let (process, identity) = spawn(machine, theirs.into(), descriptors)?;
-    control.set_nonblocking(true).map_err(VmmError::Start)?;
-    let mut control = UnixStream::from_std(control).map_err(VmmError::Start)?;
+    let Haste { mut early, blank } = haste;
+    let mut process = match blank {
+        Some(blank) => blank,
+        None => Blank::start(&machine.log, machine.cgroup.as_ref())?,
+    };
+    process.tell(&description, &descriptors).await?;
+    drop(descriptors);
     log::stage("vmm started");
     let channel: Arc<dyn Channel> = Arc::new(doorway);
     let mut tell = || early.take().map(|early| early.send(channel.clone()));
     if !becomes_template {
         tell();
     }
-    let report = converse(&mut control, &description).await?;
+    let report = process.report().await?;
     tell();
+    let Blank { process, identity, control } = process;
     let words: super::Words = Some(Box::new(control));
     let spare_nics = (0..machine.spare_nics.len()).map(|index| device_word(FIRST_NIC + machine.nics.len() + index));
     let mut vm = Vm {
@@ -276,38 +279,6 @@ async fn begin(
         Some(Err(Failure::Machine(reason))) => Err(VmmError::Machine(reason)),
         None => Err(VmmError::Machine(vm.ended().await)),
     }
-}
-
-fn spawn(machine: &Machine, control: OwnedFd, descriptors: Vec<OwnedFd>) -> Result<(Child, ProcessIdentity), VmmError> {
-    let mut program = own_program();
-    machine.settle(&mut program)?;
-    machine.log.hand_down_as_stderr(&mut program).map_err(VmmError::Start)?;
-    let numbered = descriptors.into_iter().zip(description::FIRST_DESCRIPTOR..);
-    let mappings = numbered.map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
-    program
-        .arg(VERB)
-        .stdin(control)
-        .stdout(Stdio::null())
-        .fd_mappings(mappings)
-        .map_err(|error| VmmError::Start(io::Error::other(error)))?;
-    end_with_owner(&mut program);
-    let process = Command::from(program).kill_on_drop(true).spawn().map_err(VmmError::Start)?;
-    let identity = process.id().and_then(ProcessIdentity::of);
-    let identity = identity.ok_or_else(|| VmmError::Start(io::Error::other("it ended at once")))?;
-    Ok((process, identity))
-}
-
-/// Tells the process what to make, and waits for its report; none where it ended without one.
-async fn converse(control: &mut UnixStream, description: &Description) -> Result<Option<Report>, VmmError> {
-    let text = serde_json::to_vec(description).map_err(|error| VmmError::Start(error.into()))?;
-    // Where it has ended in the meantime, its report is missing, which is the better story.
-    let _ = control.write_all(&text).await;
-    let _ = control.shutdown().await;
-    let mut report = Vec::new();
-    // No more than the line: what follows is for later.
-    let mut reader = BufReader::with_capacity(1, tokio::io::AsyncReadExt::take(control, MAX_REPORT as u64));
-    reader.read_until(b'\n', &mut report).await.map_err(VmmError::Start)?;
-    Ok(serde_json::from_slice(&report).ok())
 }
 
 #[cfg(test)]

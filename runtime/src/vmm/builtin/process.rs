@@ -6,8 +6,8 @@
 //! By then the thread that copied has ended.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::os::fd::{FromRawFd as _, OwnedFd};
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
@@ -30,7 +30,7 @@ use runvm_vmm::virtio::vsock::Vsock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::confinement::{confine, enter};
-use super::description::{Beginning, Description, FIRST_DESCRIPTOR, FIRST_NIC, Failure, Report, Saving};
+use super::description::{Beginning, Description, FIRST_NIC, Failure, Report, Saving};
 use crate::error::sentence;
 use crate::host::idle::{Idleness, Spare};
 use crate::share;
@@ -42,20 +42,18 @@ const TABLE: i32 = 1024;
 
 /// Runs the VM's process; the machine's end is its own.
 pub fn main() -> ExitCode {
-    let begun = receive().and_then(|description| {
-        let inherited = Inherited::of(&description).map_err(failed("close inherited descriptors"))?;
-        Ok((share::confine::begin().map_err(Failure::Share)?, description, inherited))
-    });
-    let (control, description, inherited) = match begun {
-        Ok((control, description, inherited)) => (UnixStream::from(control), description, inherited),
-        Err(_) => {
-            tracing::error!("a VM's process is started by `runvm create` only");
+    let (control, description, handed) = match receive() {
+        Ok(Some(received)) => received,
+        // The owner had no need of it.
+        Ok(None) => return ExitCode::FAILURE,
+        Err(error) => {
+            tracing::error!("a VM's process is started by `runvm create` only: {}", sentence(&error));
             return ExitCode::FAILURE;
         }
     };
     // What it takes can be had now only.
     let spare = Spare::new();
-    match begin(&description, inherited) {
+    match begin(&description, handed) {
         Ok((machine, saving)) => match report(&control, &Ok(saving)) {
             Ok(()) => attend(&control, &machine, &spare),
             Err(_) => ExitCode::FAILURE,
@@ -106,10 +104,10 @@ fn report(mut control: &UnixStream, report: &Report) -> std::io::Result<()> {
 }
 
 /// A running machine whose agent listens.
-fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Saving), Failure> {
+fn begin(description: &Description, handed: Handed) -> Result<(Machine, Saving), Failure> {
     let kvm = Kvm::new().map_err(failed("open /dev/kvm"))?;
     let fork = || failed("fork the machine");
-    let (start, console, save) = match (&description.beginning, inherited.template) {
+    let (start, console, save) = match (&description.beginning, handed.template) {
         (Beginning::Boot { kernel, initramfs, parameters, console, save }, template) => {
             let console = console.as_deref().map(File::create).transpose();
             let kernel =
@@ -129,13 +127,13 @@ fn begin(description: &Description, inherited: Inherited) -> Result<(Machine, Sa
     let knocked = Event::new().map_err(failed("make an event"))?;
     let knock = knocked.try_clone().map_err(failed("make an event"))?;
     let others: [Box<dyn Device>; FIRST_NIC] = [
-        Box::new(Vsock::new(Door::new(inherited.door), VSOCK_PORT, knock)),
+        Box::new(Vsock::new(Door::new(handed.door), VSOCK_PORT, knock)),
         Box::new(Fs::new(SHARE_TAG, file_system).map_err(failed("share files"))?),
         Box::new(Rng),
         Box::new(Balloon::new(Backing::Private)),
     ];
     let mut devices = Vec::from(others);
-    for (tap, mac) in inherited.taps.into_iter().zip(&description.macs) {
+    for (tap, mac) in handed.taps.into_iter().zip(&description.macs) {
         devices.push(Box::new(Net::new(tap, *mac, MAX_MTU)));
     }
     let config = Config {
@@ -206,35 +204,38 @@ fn write(machine: &Machine, state: &File, memory: &File, pages: &PageMap) -> Sav
     }
 }
 
-fn receive() -> Result<Description, Failure> {
-    let mut text = Vec::new();
-    std::io::stdin().read_to_end(&mut text).map_err(failed("be told what to make"))?;
-    serde_json::from_slice(&text).map_err(failed("be told what to make"))
+/// Waits for what the owner wants, with nothing else open; none where it wants nothing.
+fn receive() -> std::io::Result<Option<(UnixStream, Description, Handed)>> {
+    // An engine may have left descriptors open for all its descendants.
+    share::confine::close_from(3)?;
+    widen_table();
+    let control = UnixStream::from(share::confine::begin().map_err(std::io::Error::other)?);
+    let Some((description, descriptors)) = Description::receive(&control)? else { return Ok(None) };
+    let handed = Handed::of(&description, descriptors)?;
+    Ok(Some((control, description, handed)))
 }
 
 fn open(path: &Path) -> Result<File, Failure> {
     File::open(path).map_err(failed(&format!("open {}", path.display())))
 }
 
-/// The descriptors that the owner has handed down.
-struct Inherited {
+/// The descriptors that the owner has handed over.
+struct Handed {
     door: OwnedFd,
     taps: Vec<OwnedFd>,
     /// A template's state and memory.
     template: Option<(File, File)>,
 }
 
-impl Inherited {
-    /// Takes them, and closes what else an engine may have left open for all its descendants.
-    fn of(description: &Description) -> std::io::Result<Self> {
-        let end = FIRST_DESCRIPTOR + description.descriptors();
-        share::confine::close_from(end)?;
-        widen_table();
-        // SAFETY: the owner maps exactly these numbers, and each is taken once.
-        let mut all = (FIRST_DESCRIPTOR..end).map(|number| unsafe { OwnedFd::from_raw_fd(number) });
+impl Handed {
+    fn of(description: &Description, descriptors: Vec<OwnedFd>) -> std::io::Result<Self> {
+        let mut all = descriptors.into_iter();
         let missing = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
         let door = all.next().ok_or_else(missing)?;
-        let taps = all.by_ref().take(description.macs.len()).collect();
+        let taps: Vec<_> = all.by_ref().take(description.macs.len()).collect();
+        if taps.len() < description.macs.len() {
+            return Err(missing());
+        }
         let template = all.next().zip(all.next()).map(|(state, memory)| (state.into(), memory.into()));
         Ok(Self { door, taps, template })
     }
