@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
 
+use oci_spec::runtime::Hooks;
 use runvm_protocol::PRESERVED_FIRST;
 
 use crate::agent::preserved;
@@ -124,9 +125,16 @@ fn launch(
 
 fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launched: &mut Launched) -> Result<()> {
     container.save()?;
+    let hooks = early_hooks(bundle);
+    if hooks.is_none() {
+        launched.go(&[]);
+    }
     launched.await_ready()?;
-    run_hooks(bundle, container, launched.identity.pid)?;
-    container.record.helpers = launched.go(&[])?;
+    if let Some(hooks) = hooks {
+        run_hooks(hooks, container, launched.identity.pid)?;
+        launched.go(&[]);
+    }
+    container.record.helpers = launched.await_created()?;
     container.record.phase = Phase::Created;
     container.save()?;
     let pid = launched.identity.pid;
@@ -134,9 +142,15 @@ fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launch
     options.pid_file.as_ref().map_or(Ok(()), |path| super::write_pid_file(path, pid))
 }
 
-/// The hooks that belong between the making of the namespaces and the container's.
-fn run_hooks(bundle: &Bundle, container: &Container, monitor: u32) -> Result<()> {
-    let Some(hooks) = bundle.spec.hooks() else { return Ok(()) };
+/// The hooks that belong between the making of the namespaces and the container's; none where nothing has to wait for them.
+#[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
+fn early_hooks(bundle: &Bundle) -> Option<&Hooks> {
+    let hooks = bundle.spec.hooks().as_ref()?;
+    let mut kinds = [hooks.prestart(), hooks.create_runtime(), hooks.create_container()].into_iter().flatten();
+    kinds.any(|hooks| !hooks.is_empty()).then_some(hooks)
+}
+
+fn run_hooks(hooks: &Hooks, container: &Container, monitor: u32) -> Result<()> {
     let state = super::oci_state(container)?;
     #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
     hooks::run("prestart", hooks.prestart().iter().flatten(), &state)?;

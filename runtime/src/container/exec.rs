@@ -98,7 +98,8 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
     let mut launched = launch(globals, options, preserved)?;
     launched.await_ready()?;
     tell_of(options, launched.identity.pid)?;
-    launched.go(&to_json(&Parcel { process, cgroup: options.cgroup.clone() })?)?;
+    launched.go(&to_json(&Parcel { process, cgroup: options.cgroup.clone() })?);
+    launched.await_created()?;
     if options.detach {
         return Ok(0);
     }

@@ -84,14 +84,17 @@ impl Launched {
         }
     }
 
-    /// Lets the process go on, with what else it must know, and waits until it has created what it is for; the further
-    /// processes of the VM.
+    /// Lets the process go on once it is ready, with what else it must know.
+    pub fn go(&mut self, parcel: &[u8]) {
+        // Where it has ended in the meantime, its last message says why.
+        let _ = self.started.go(parcel);
+    }
+
+    /// Waits until the process has created what it is for; the further processes of the VM.
     ///
     /// # Errors
     /// The process's own, or [`Error::MonitorDied`].
-    pub fn go(&mut self, parcel: &[u8]) -> Result<Vec<ProcessIdentity>> {
-        // Where it has ended in the meantime, its last message says why.
-        let _ = self.started.go(parcel);
+    pub fn await_created(&mut self) -> Result<Vec<ProcessIdentity>> {
         match self.receive()? {
             ToOwner::Created { helpers } => Ok(helpers),
             other => Err(unexpected(&other)),
