@@ -12,8 +12,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use serde::{Deserialize, Serialize};
 
+/// The processors that there are.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
 /// How long a parent may take to learn of its child's end.
 const NOTICE: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
 
@@ -34,6 +37,10 @@ impl fmt::Display for ProcessIdentity {
 }
 
 impl ProcessIdentity {
+    fn number(&self) -> Option<Pid> {
+        i32::try_from(self.pid).ok().and_then(Pid::from_raw)
+    }
+
     /// What was written as a name; none for what is no such name.
     pub fn from_name(name: &str) -> Option<Self> {
         let (pid, started) = name.split_once('-')?;
@@ -103,7 +110,7 @@ impl ProcessIdentity {
 
     /// A descriptor of the process; none when it is gone.
     fn pidfd(&self) -> io::Result<Option<OwnedFd>> {
-        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let Some(pid) = self.number() else { return Ok(None) };
         match pidfd_open(pid, PidfdFlags::empty()) {
             // Linux before 6.15 calls a PID invalid that is gone, and still is a session's or a process group's.
             Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => Ok(None),
@@ -139,6 +146,29 @@ pub fn end_with_owner(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(arm) }
 }
 
+/// Has a process that was just started go on on another processor than the caller's, where both may run on any. Linux starts
+/// it on the caller's where it thinks of none as idle, as on a host that is a VM itself and halts, and leaves it there until
+/// the caller sleeps.
+pub fn send_elsewhere(process: ProcessIdentity) {
+    let Some(process) = process.number() else { return };
+    let Ok(own) = sched_getaffinity(None) else { return };
+    // Who is to run on some only is not to lose that; and whose set comes from a cgroup is to follow its changes.
+    if !fs::read_to_string(ONLINE).is_ok_and(|online| is_all(&own, &online)) {
+        return;
+    }
+    let (mut any, mut others) = (CpuSet::new(), own);
+    (0..CpuSet::MAX_CPU).for_each(|cpu| any.set(cpu));
+    others.unset(sched_getcpu());
+    // There may be no other, and the process may have ended.
+    let _ = sched_setaffinity(Some(process), &others).and_then(|()| sched_setaffinity(Some(process), &any));
+}
+
+/// Whether a set has all processors of such a list, if that is a simple one: cpu(5) of sysfs, "0-7".
+fn is_all(set: &CpuSet, online: &str) -> bool {
+    let last = online.trim().strip_prefix("0-").and_then(|last| last.parse::<u32>().ok());
+    last.is_some_and(|last| u64::from(set.count()) == u64::from(last) + 1)
+}
+
 /// This program, for a process of its own that does another part of the work.
 pub fn own_program() -> Command {
     let mut command = Command::new("/proc/self/exe");
@@ -155,6 +185,29 @@ mod tests {
         let own = ProcessIdentity::of(std::process::id()).unwrap();
         assert!(own.alive());
         assert!(!ProcessIdentity { started: own.started + 1, ..own }.alive());
+    }
+
+    #[test]
+    fn a_process_that_is_sent_elsewhere_may_run_where_it_might() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        send_elsewhere(ProcessIdentity::of(child.id()).unwrap());
+        assert_eq!(sched_getaffinity(Some(pid)).unwrap(), sched_getaffinity(None).unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn only_who_may_run_anywhere_is_sent() {
+        let set = |cpus: &[usize]| {
+            let mut set = CpuSet::new();
+            cpus.iter().for_each(|&cpu| set.set(cpu));
+            set
+        };
+        assert!(is_all(&set(&[0, 1]), "0-1\n"));
+        for (cpus, online) in [(&[0][..], "0-1"), (&[0], "0"), (&[0, 1], "0-1,3"), (&[0, 1], ""), (&[0, 1], "0-")] {
+            assert!(!is_all(&set(cpus), online), "{cpus:?} of {online}");
+        }
     }
 
     #[test]

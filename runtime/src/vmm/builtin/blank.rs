@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 use super::VERB;
 use super::description::{Description, Report};
 use crate::host::cgroup::Cgroup;
-use crate::host::process::{ProcessIdentity, end_with_owner, own_program};
+use crate::host::process::{ProcessIdentity, end_with_owner, own_program, send_elsewhere};
 use crate::log;
 use crate::vmm::{VmmError, settle};
 
@@ -47,6 +47,7 @@ impl Blank {
         let process = Command::from(program).kill_on_drop(true).spawn().map_err(VmmError::Start)?;
         let identity = process.id().and_then(ProcessIdentity::of);
         let identity = identity.ok_or_else(|| VmmError::Start(io::Error::other("it ended at once")))?;
+        send_elsewhere(identity);
         control.set_nonblocking(true).map_err(VmmError::Start)?;
         let control = UnixStream::from_std(control).map_err(VmmError::Start)?;
         Ok(Self { process, identity, control })
