@@ -3,7 +3,7 @@
 //! A program of this size takes a millisecond to begin. Whoever will want a machine can have its process begin meanwhile,
 //! before it can say which machine that is to be.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::process::Stdio;
@@ -55,10 +55,11 @@ impl Blank {
 
     /// Tells it what to make, and of what.
     pub(super) async fn tell(&mut self, description: &Description, descriptors: &[OwnedFd]) -> Result<(), VmmError> {
-        match description.send(&mut self.control, descriptors).await {
+        let told = description.send(&mut self.control, descriptors).await;
+        match told.as_ref().map_err(io::Error::kind) {
             // Where it has ended in the meantime, its report is missing, which is the better story.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            told => told.map_err(VmmError::Start),
+            Err(ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::NotConnected) => Ok(()),
+            _ => told.map_err(VmmError::Start),
         }
     }
 

@@ -120,3 +120,62 @@ impl Description {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek as _, SeekFrom, Write as _};
+
+    fn description(exports: usize) -> Description {
+        let export = |index| Export {
+            path: format!("guest/{index}").into(),
+            source: format!("/host/{index}").into(),
+            read_only: false,
+            recursive: true,
+            id_map: None,
+        };
+        Description {
+            flavour: Flavour::Pvm,
+            vcpus: 2,
+            memory: 1 << 30,
+            exports: (0..exports).map(export).collect(),
+            macs: vec![[2, 0, 0, 0, 0, 1]],
+            spare: 1,
+            beginning: Beginning::Restore,
+        }
+    }
+
+    /// A file that is told by its length.
+    fn file(length: u64) -> OwnedFd {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![0; length as usize]).unwrap();
+        file.into()
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_is_received_with_its_descriptors() {
+        // More than a socket takes at once.
+        let sent = description(20_000);
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let theirs = theirs.into_std().unwrap();
+        theirs.set_nonblocking(false).unwrap();
+        let receiving = std::thread::spawn(move || Description::receive(&theirs).unwrap().unwrap());
+        sent.send(&mut ours, &[1, 2, 3].map(file)).await.unwrap();
+        let (received, descriptors) = receiving.join().unwrap();
+        assert_eq!(serde_json::to_value(&received).unwrap(), serde_json::to_value(&sent).unwrap());
+        let lengths = descriptors.into_iter().map(|file| std::fs::File::from(file).seek(SeekFrom::End(0)).unwrap());
+        assert_eq!(lengths.collect::<Vec<_>>(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn an_owner_without_a_wish_is_told_from_one_who_breaks_off() {
+        let end = |said: &[u8]| {
+            let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            ours.write_all(said).unwrap();
+            drop(ours);
+            Description::receive(&theirs)
+        };
+        assert!(end(b"").unwrap().is_none());
+        assert!(end(b"{\"flavour\":").is_err());
+    }
+}
