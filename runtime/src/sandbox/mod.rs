@@ -107,6 +107,10 @@ impl Sandbox {
     /// # Errors
     /// [`SandboxError`]; then nothing of the VM is left.
     pub async fn boot(mut config: Config, blank: Option<Blank>) -> Result<Self, SandboxError> {
+        let blank = match blank {
+            None if config.vm.promise_builtin() => Some(Blank::start(&config.log, config.cgroup.as_ref())?),
+            blank => blank,
+        };
         let choice = probe::choose(config.vm.accelerator)?;
         log::stage("probed");
         let network = network::scan().await?;
