@@ -137,7 +137,7 @@ pub trait Vmm: Send + Sync {
     async fn boot(&self, machine: Machine, early: Early) -> Result<Vm, VmmError>;
 }
 
-/// A running machine. It ends when this is dropped, and with the thread that booted it.
+/// A running machine. It ends when this is dropped, and with the thread that started its process.
 pub struct Vm {
     /// The VMM's process.
     process: Child,

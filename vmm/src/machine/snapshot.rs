@@ -2,7 +2,8 @@
 //!
 //! Two files. The state file begins with [`MAGIC`], the version of the format, the length of the body in bytes and its
 //! CRC-32, each little endian; the body is the machine's processors and devices, and which pieces of its memory the other
-//! file has. That is the guest's memory, region after region, with holes for what is zero or free; clones never write to it. Whatever comes back from either is as untrusted as a guest.
+//! file has. That is the guest's memory, region after region, with holes for what is zero or free; clones never write
+//! to it. Whatever comes back from either is as untrusted as a guest.
 
 use std::collections::BTreeSet;
 use std::fs::File;
