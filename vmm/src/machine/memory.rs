@@ -3,17 +3,18 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap, MmapRegion,
-    VolatileSlice,
+    VolatileMemory as _, VolatileSlice,
 };
 
 use super::elsewhere;
@@ -178,7 +179,7 @@ pub fn anonymous(size: u64, huge: bool) -> Result<Memory, MemoryError> {
     for (start, length) in layout(size)? {
         let mapping = map(length)?;
         if huge {
-            advise_huge(mapping.as_ptr().cast(), mapping.size());
+            advise_huge(&mapping.as_volatile_slice());
         }
         regions.push(region(start, mapping)?);
     }
@@ -266,9 +267,14 @@ fn map(length: u64) -> Result<MmapRegion, MemoryError> {
 
 /// Lays a part of a file over memory: nobody sees it change, nor the file.
 pub(super) fn lay_over(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
-    let (address, flags) = (part.ptr_guard_mut().as_ptr().cast(), LAZY | libc::MAP_FIXED);
+    map_over(part, 0, file.as_raw_fd(), offset)
+}
+
+/// Maps something else in memory's place, as all memory is mapped: see mmap(2).
+fn map_over(part: &VolatileSlice, flags: i32, descriptor: RawFd, offset: i64) -> io::Result<()> {
+    let (address, flags) = (part.ptr_guard_mut().as_ptr().cast(), LAZY | libc::MAP_FIXED | flags);
     // SAFETY: what is mapped over is memory of the region that `part` borrows, which unmaps all of its range in the end.
-    let mapped = unsafe { libc::mmap(address, part.len(), PROTECTION, flags, file.as_raw_fd(), offset) };
+    let mapped = unsafe { libc::mmap(address, part.len(), PROTECTION, flags, descriptor, offset) };
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -276,9 +282,8 @@ pub(super) fn lay_over(part: &VolatileSlice, file: &File, offset: i64) -> io::Re
 /// not the memory is fresh, as it was.
 fn share(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<bool> {
     lay_over(part, file, offset)?;
-    let address = part.ptr_guard_mut().as_ptr().cast();
     // What the host has to read first it reads into a large page then.
-    advise_huge(address, part.len());
+    advise_huge(part);
     let touch = |place| part.read_obj::<u8>(place).map_err(io::Error::other);
     touch(0)?;
     let before = faults()?;
@@ -286,26 +291,15 @@ fn share(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<bool> {
     if faults()? == before {
         return Ok(true);
     }
-    let flags = LAZY | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-    // SAFETY: as in `lay_over`.
-    let mapped = unsafe { libc::mmap(address, part.len(), PROTECTION, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    advise_huge(address, part.len());
+    map_over(part, libc::MAP_ANONYMOUS, -1, 0)?;
+    advise_huge(part);
     Ok(false)
 }
 
 /// How often this thread has come to a page that was not mapped.
 fn faults() -> io::Result<i64> {
-    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the structure is there to be written to.
-    if unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: it is numbers, of which the kernel has written some and the others are zero.
-    let usage = unsafe { usage.assume_init() };
-    Ok(usage.ru_minflt + usage.ru_majflt)
+    let usage = getrusage(UsageWho::RUSAGE_THREAD)?;
+    Ok(usage.minor_page_faults() + usage.major_page_faults())
 }
 
 fn copy(part: &VolatileSlice, file: &File, offset: i64) -> io::Result<()> {
@@ -328,10 +322,17 @@ fn assemble(regions: Vec<GuestRegionMmap>) -> Result<Memory, MemoryError> {
     Ok(Arc::new(memory))
 }
 
-fn advise_huge(address: *mut libc::c_void, length: usize) {
-    // SAFETY: the advice changes no contents of any memory. Where the host does not know it, the guest is as it would be
-    // without.
-    unsafe { libc::madvise(address, length, libc::MADV_HUGEPAGE) };
+/// Where the host does not know the advice, the guest is as it would be without.
+fn advise_huge(part: &VolatileSlice) {
+    let _ = advise(part, libc::MADV_HUGEPAGE);
+}
+
+/// madvise(2).
+pub(super) fn advise(part: &VolatileSlice, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the range is mapped as long as `part` is borrowed. The memory is private to the machine, and its users know
+    // that it may be dropped: nobody has a reference into it.
+    let advised = unsafe { libc::madvise(part.ptr_guard_mut().as_ptr().cast(), part.len(), advice) };
+    if advised == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryRegion as _, VolatileSlice};
 
-use super::memory::{self, Block, MemoryError};
+use super::memory::{self, Block, MemoryError, advise};
 use crate::{Memory, Watch};
 
 const PAGE: usize = 4096;
@@ -97,17 +97,12 @@ impl Origin {
         Ok(copies)
     }
 
-    /// Whether the guest is not expected to write to a block: all of it is where it only reads, or copies of pieces.
-    pub fn is_constant(&self, block: Block, memory: &Memory, copies: &Copies) -> io::Result<bool> {
-        let Some(used) = block.of(memory) else { return Ok(false) };
-        let mut page = [0; PAGE];
-        for offset in (0..used.len()).step_by(PAGE) {
-            let address = block.address().0 + offset as u64;
-            if self.constant.iter().any(|range| range.contains(&address)) {
-                continue;
-            }
-            page_of(&used, offset)?.copy_to(&mut page);
-            if self.find(&page, copies)?.is_none() {
+    /// Whether the guest is not expected to write to memory with these contents: all of it is where it only reads, or copies
+    /// of pieces.
+    pub fn is_constant(&self, address: GuestAddress, contents: &[u8], copies: &Copies) -> io::Result<bool> {
+        for (address, page) in (address.0..).step_by(PAGE).zip(contents.as_chunks().0) {
+            let only_read = self.constant.iter().any(|range| range.contains(&address));
+            if !only_read && self.find(page, copies)?.is_none() {
                 return Ok(false);
             }
         }
@@ -256,13 +251,6 @@ pub(super) fn is_there(block: Block, memory: &Memory) -> io::Result<bool> {
     // SAFETY: the range is mapped as long as `part` is borrowed, and the vector has a byte for each of its pages.
     let told = unsafe { libc::mincore(part.ptr_guard_mut().as_ptr().cast(), part.len(), pages.as_mut_ptr()) };
     if told == 0 { Ok(pages.iter().any(|page| page & 1 != 0)) } else { Err(io::Error::last_os_error()) }
-}
-
-fn advise(part: &VolatileSlice<'_>, advice: libc::c_int) -> io::Result<()> {
-    // SAFETY: the range is mapped as long as `part` is borrowed. The memory is private to the machine, and its users know
-    // that it may be dropped: nobody has a reference into it.
-    let advised = unsafe { libc::madvise(part.ptr_guard_mut().as_ptr().cast(), part.len(), advice) };
-    if advised == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Moves the pages of `from` into the place of those of `to`. What is left of `from` is as it was first mapped.

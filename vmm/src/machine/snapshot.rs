@@ -184,7 +184,7 @@ fn write_contents(
         if pieces == Pieces::default() {
             continue;
         }
-        let constant = bytes.len() as u64 == BLOCK && origin.is_constant(block, memory, &copies)?;
+        let constant = bytes.len() as u64 == BLOCK && origin.is_constant(block.address(), bytes, &copies)?;
         // The host keeps a file in the pieces that it was written in.
         let (kept, pieces, at_once) =
             if constant { (Kept::Constant, Pieces::ALL, bytes.len()) } else { (Kept::Pieces(pieces), pieces, PIECE) };
