@@ -150,11 +150,6 @@ impl Output {
     pub fn text(&self) -> &str {
         self.stdout.trim()
     }
-
-    /// The last line of standard output.
-    pub fn last_line(&self) -> &str {
-        self.text().lines().last().unwrap_or_default()
-    }
 }
 
 /// A running child and the three pipes to it.

@@ -33,6 +33,13 @@ impl Outcome {
             .see(&format!("{name} stderr"), &output.stderr)
     }
 
+    /// Adds how a shell ended in which a greedy program was killed, and the last line it wrote. Linux may kill others beside
+    /// that, before it has its memory back, and so lines are missing: guests' kernels are patched not to, runc's is the host's.
+    #[must_use]
+    pub fn see_survivor(self, output: &Output) -> Self {
+        self.see("exit", output.code).see("last line", output.text().lines().last().unwrap_or_default())
+    }
+
     /// Whether nothing was seen.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
