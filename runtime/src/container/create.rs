@@ -4,14 +4,13 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
 
-use oci_spec::runtime::Hooks;
 use runvm_protocol::PRESERVED_FIRST;
 
 use crate::agent::preserved;
 use crate::bundle::{self, Bundle, lone_member};
 use crate::error::{Error, Result};
 use crate::host::cgroup::Cgroup;
-use crate::host::hooks;
+use crate::host::hooks::{self, OfKind};
 use crate::log;
 use crate::monitor::{Globals, Launched};
 use crate::state::{Container, Phase, Record, Status};
@@ -125,12 +124,13 @@ fn launch(
 
 fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launched: &mut Launched) -> Result<()> {
     container.save()?;
-    let hooks = early_hooks(bundle);
-    if hooks.is_none() {
+    let hooks = bundle.spec.hooks().as_ref().map(hooks::creating).unwrap_or_default();
+    let waits = hooks.iter().any(|(_, hooks)| !hooks.is_empty());
+    if !waits {
         launched.go(&[]);
     }
     launched.await_ready()?;
-    if let Some(hooks) = hooks {
+    if waits {
         run_hooks(hooks, container, launched.identity.pid)?;
         launched.go(&[]);
     }
@@ -142,19 +142,11 @@ fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launch
     options.pid_file.as_ref().map_or(Ok(()), |path| super::write_pid_file(path, pid))
 }
 
-/// The hooks that belong between the making of the namespaces and the container's; none where nothing has to wait for them.
-#[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
-fn early_hooks(bundle: &Bundle) -> Option<&Hooks> {
-    let hooks = bundle.spec.hooks().as_ref()?;
-    let mut kinds = [hooks.prestart(), hooks.create_runtime(), hooks.create_container()].into_iter().flatten();
-    kinds.any(|hooks| !hooks.is_empty()).then_some(hooks)
-}
-
-fn run_hooks(hooks: &Hooks, container: &Container, monitor: u32) -> Result<()> {
+fn run_hooks(hooks: [OfKind<'_>; 3], container: &Container, monitor: u32) -> Result<()> {
     let state = super::oci_state(container)?;
-    #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
-    hooks::run("prestart", hooks.prestart().iter().flatten(), &state)?;
-    hooks::run("createRuntime", hooks.create_runtime().iter().flatten(), &state)?;
-    hooks::run_inside("createContainer", hooks.create_container().iter().flatten(), &state, monitor)?;
-    Ok(())
+    let [prestart, runtime, (kind, inside)] = hooks;
+    for (kind, hooks) in [prestart, runtime] {
+        hooks::run(kind, hooks, &state)?;
+    }
+    Ok(hooks::run_inside(kind, inside, &state, monitor)?)
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Hooks};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::Serialize;
 use thiserror::Error;
@@ -63,6 +63,22 @@ pub struct State<'a> {
     pub bundle: &'a Path,
     /// Those of config.json.
     pub annotations: &'a HashMap<String, String>,
+}
+
+/// Hooks of one kind, and its name in config.json.
+pub type OfKind<'a> = (&'static str, &'a [Hook]);
+
+/// The hooks that belong between the making of the namespaces and the container's, in order. The last are the container's
+/// own, to be run in its namespaces.
+pub fn creating(hooks: &Hooks) -> [OfKind<'_>; 3] {
+    #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
+    let prestart = hooks.prestart();
+    let kinds = [
+        ("prestart", prestart),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+    ];
+    kinds.map(|(kind, hooks)| (kind, hooks.as_deref().unwrap_or_default()))
 }
 
 /// Runs the hooks in order, until one fails. `state` is the container's [`State`] as JSON.

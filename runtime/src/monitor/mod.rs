@@ -90,11 +90,10 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     setsid().map_err(Error::system("make a session"))?;
     let runtime = runtime()?;
     // It begins while everything else is looked at, and cannot be told of it any sooner.
-    let blank = options.vm.promise_builtin().then(|| {
+    let blank = {
         let _inside = runtime.enter();
-        Blank::start(&options.log, None)
-    });
-    let blank = blank.transpose().map_err(SandboxError::from)?;
+        Blank::ahead(&options.vm, &options.log, None).map_err(SandboxError::from)?
+    };
     let bundle = Bundle::load(&options.bundle)?;
     let guest = bundle::split(&bundle, &options.id)?;
     let namespace = bundle.network_namespace();

@@ -331,14 +331,8 @@ impl Member {
 
     /// The hooks that belong between the making of the namespaces and the container's.
     async fn run_creating_hooks(&self, id: &str) -> Result<()> {
-        #[allow(deprecated, reason = "engines still bring prestart hooks: Docker sets its network up by one")]
-        let prestart = self.hooks.prestart().clone();
-        for (kind, hooks) in [
-            ("prestart", prestart),
-            ("createRuntime", self.hooks.create_runtime().clone()),
-            ("createContainer", self.hooks.create_container().clone()),
-        ] {
-            self.run_hooks(kind, hooks.unwrap_or_default(), id, Status::Creating).await?;
+        for (kind, hooks) in hooks::creating(&self.hooks) {
+            self.run_hooks(kind, hooks.to_vec(), id, Status::Creating).await?;
         }
         Ok(())
     }

@@ -108,7 +108,7 @@ impl Sandbox {
     /// [`SandboxError`]; then nothing of the VM is left.
     pub async fn boot(mut config: Config, blank: Option<Blank>) -> Result<Self, SandboxError> {
         let blank = match blank {
-            None if config.vm.promise_builtin() => Some(Blank::start(&config.log, config.cgroup.as_ref())?),
+            None => Blank::ahead(&config.vm, &config.log, config.cgroup.as_ref())?,
             blank => blank,
         };
         let choice = probe::choose(config.vm.accelerator)?;

@@ -93,7 +93,7 @@ impl Options {
     }
 
     /// Whether a machine is the built-in VMM's, as far as can be told before anybody has looked at the host.
-    pub fn promise_builtin(&self) -> bool {
+    pub(super) fn promise_builtin(&self) -> bool {
         let kvm = match self.accelerator {
             probe::Wanted::Auto => Path::new("/dev/kvm").exists(),
             probe::Wanted::Kvm => true,

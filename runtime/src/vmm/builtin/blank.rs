@@ -18,7 +18,7 @@ use super::description::{Description, Report};
 use crate::host::cgroup::Cgroup;
 use crate::host::process::{ProcessIdentity, end_with_owner, own_program, send_elsewhere};
 use crate::log;
-use crate::vmm::{VmmError, settle};
+use crate::vmm::{Options, VmmError, settle};
 
 /// The longest report, in bytes: an error with a path in it.
 const MAX_REPORT: u64 = 16 << 10;
@@ -33,11 +33,19 @@ pub struct Blank {
 }
 
 impl Blank {
+    /// Starts one, within a runtime, if machines are the built-in VMM's as far as can be told yet.
+    ///
+    /// # Errors
+    /// [`VmmError::Start`], [`VmmError::Cgroup`].
+    pub fn ahead(vm: &Options, log: &log::Options, cgroup: Option<&Arc<Cgroup>>) -> Result<Option<Self>, VmmError> {
+        vm.promise_builtin().then(|| Self::start(log, cgroup)).transpose()
+    }
+
     /// Starts it, within a runtime, in this cgroup where that is not this process's own.
     ///
     /// # Errors
     /// [`VmmError::Start`], [`VmmError::Cgroup`].
-    pub fn start(log: &log::Options, cgroup: Option<&Arc<Cgroup>>) -> Result<Self, VmmError> {
+    pub(super) fn start(log: &log::Options, cgroup: Option<&Arc<Cgroup>>) -> Result<Self, VmmError> {
         let (control, theirs) = BlockingStream::pair().map_err(VmmError::Start)?;
         let mut program = own_program();
         settle(&mut program, cgroup)?;
