@@ -5,14 +5,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use serde_json::{Map, Value, json};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+
+/// The file that this process logs to.
+static FILE: OnceLock<File> = OnceLock::new();
 
 /// How a line is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -46,33 +50,21 @@ pub struct Options {
 }
 
 impl Options {
-    /// Makes another process of this program log to the same place.
-    pub fn hand_down(&self, command: &mut Command) {
-        if let Some(file) = &self.file {
-            command.arg("--log").arg(file);
-        }
-        self.hand_down_form(command);
-    }
-
-    /// The same for a process that can open no file: it writes to its stderr, which is the log.
+    /// Makes another process of this program log to the same place, by its stderr: it can open no file.
     ///
     /// # Errors
     /// Those of opening the file.
     pub fn hand_down_as_stderr(&self, command: &mut Command) -> io::Result<()> {
-        self.hand_down_form(command);
+        command.args(["--log-format", self.format.name()]);
+        if self.debug {
+            command.arg("--debug");
+        }
         // A helper must not hold the stderr of an engine or a user open.
         command.stderr(match &self.file {
             Some(file) => Stdio::from(open(file)?),
             None => Stdio::null(),
         });
         Ok(())
-    }
-
-    fn hand_down_form(&self, command: &mut Command) {
-        command.args(["--log-format", self.format.name()]);
-        if self.debug {
-            command.arg("--debug");
-        }
     }
 }
 
@@ -83,7 +75,11 @@ impl Options {
 pub fn init(options: &Options) -> io::Result<()> {
     let Options { file, format, debug } = options;
     let out: Box<dyn Write + Send> = match file {
-        Some(path) => Box::new(open(path)?),
+        Some(path) => {
+            let file = open(path)?;
+            // A second call in one process keeps the first log.
+            Box::new(FILE.get_or_init(|| file))
+        }
         None => Box::new(io::stderr()),
     };
     // Without a log file stderr is the user's, who is told of a command's end by `main` itself.
@@ -93,9 +89,13 @@ pub fn init(options: &Options) -> io::Result<()> {
         (false, None) => Level::WARN,
     };
     let layer = Lines { out: Mutex::new(out), format: *format, threshold };
-    // A second call in one process keeps the first log.
     let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer));
     Ok(())
+}
+
+/// The descriptor of this process's log, where that is a file.
+pub fn descriptor() -> Option<BorrowedFd<'static>> {
+    FILE.get().map(File::as_fd)
 }
 
 fn open(path: &Path) -> io::Result<File> {

@@ -47,8 +47,16 @@ pub fn take(first: RawFd, count: u32) -> Result<Vec<OwnedFd>, PreservedError> {
     let end = i32::try_from(count).ok().filter(|_| count <= MAX_PRESERVED).map(|count| first + count);
     let numbers = first..end.ok_or(PreservedError::TooMany(count))?;
     numbers.clone().try_for_each(check)?;
-    // SAFETY: each is open and was handed down to this process, in which nothing else owns what closes with no program.
-    Ok(numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect())
+    numbers.map(own).collect()
+}
+
+/// Takes a descriptor over, which no program that this process starts is to have.
+fn own(number: RawFd) -> Result<OwnedFd, PreservedError> {
+    // SAFETY: it is open and was handed down to this process, in which nothing else owns what closes with no program.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    let closing = rustix::io::fcntl_setfd(&descriptor, FdFlags::CLOEXEC);
+    closing.map_err(|error| PreservedError::System(number, error.into()))?;
+    Ok(descriptor)
 }
 
 fn check(number: RawFd) -> Result<(), PreservedError> {

@@ -12,7 +12,7 @@ use crate::bundle::OCI_VERSION;
 use crate::container::{Changes, Create, Exec, ProcessSource};
 use crate::error::{Error, Result};
 use crate::log::{self, Format};
-use crate::monitor::{Globals, Options};
+use crate::monitor::Globals;
 use crate::vmm::{self, Configuration, ConfigurationError};
 
 const ROOT: &str = "/run/runvm";
@@ -204,18 +204,6 @@ pub enum Verb {
     },
     /// Print the version.
     Version,
-    /// The process that stands for a container; `create` starts it.
-    #[command(hide = true)]
-    Monitor(MonitorArgs),
-    /// The process that stands for an exec's; `exec` starts it.
-    #[command(hide = true)]
-    ExecProxy {
-        #[arg(long)]
-        console_socket: Option<PathBuf>,
-        #[arg(long, default_value_t = 0)]
-        preserve_fds: u32,
-        id: String,
-    },
     /// The virtio-fs daemon of a VM; the monitor starts it.
     #[command(hide = true)]
     ShareDaemon,
@@ -425,36 +413,6 @@ fn sub_cgroup(given: &[String]) -> Result<String> {
             "--cgroup {}: the guest's cgroups are of version 2, whose controllers share one path: give --cgroup PATH once",
             given.join(" --cgroup ")
         ))),
-    }
-}
-
-/// The monitor's.
-#[derive(Debug, Args)]
-pub struct MonitorArgs {
-    #[arg(long)]
-    bundle: PathBuf,
-    #[arg(long)]
-    folder: PathBuf,
-    #[arg(long)]
-    console_socket: Option<PathBuf>,
-    #[arg(long, default_value_t = 0)]
-    preserve_fds: u32,
-    id: String,
-}
-
-impl MonitorArgs {
-    /// What the monitor is told.
-    pub fn into_options(self, globals: &Globals) -> Options {
-        Options {
-            id: self.id,
-            folder: self.folder,
-            bundle: self.bundle,
-            console_socket: self.console_socket,
-            vm: globals.vm.clone(),
-            log: globals.log.clone(),
-            guest_console: globals.guest_console.clone(),
-            preserve_fds: self.preserve_fds,
-        }
     }
 }
 

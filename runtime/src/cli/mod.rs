@@ -17,7 +17,7 @@ use clap::Parser as _;
 use crate::container;
 use crate::error::{Error, Result, sentence};
 use crate::host::oom;
-use crate::monitor::{self, Globals};
+use crate::monitor::Globals;
 use crate::vmm::builtin;
 use crate::{log, share};
 use args::{Cli, Verb};
@@ -88,10 +88,6 @@ fn dispatch(globals: &Globals, verb: Verb) -> Result<ExitCode> {
                 .to_owned(),
         )),
         Verb::Version => print(&format!("runvm {}\n", *args::VERSION)),
-        Verb::Monitor(args) => return Ok(monitor::main(&args.into_options(globals)).into()),
-        Verb::ExecProxy { console_socket, preserve_fds, id } => {
-            return Ok(container::proxy(globals, &id, console_socket, preserve_fds).into());
-        }
         Verb::ShareDaemon => return Ok(share::daemon_main()),
         Verb::OomVictim { bytes } => {
             oom::victim(bytes);

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::os::fd::AsFd as _;
-use std::process::Child;
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::RunArgs;
 use crate::container;
 use crate::error::{Error, Result};
+use crate::host::fork::Forked;
 use crate::host::terminal::{self, RawTerminal};
 use crate::monitor::{self, Globals, single_threaded};
 
@@ -69,7 +69,7 @@ fn await_end(id: &str, running: container::Running, own_terminal: bool) -> Resul
     })
 }
 
-async fn wait(mut monitor: Child) -> Result<u8> {
+async fn wait(mut monitor: Forked) -> Result<u8> {
     let status = tokio::task::spawn_blocking(move || monitor.wait()).await;
     let status = status
         .map_err(|error| Error::system("wait for the container")(io::Error::other(error)))?

@@ -2,17 +2,17 @@
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::process::Child;
 
 use runvm_protocol::PRESERVED_FIRST;
 
 use crate::agent::preserved;
-use crate::bundle::{self, Bundle, lone_member};
+use crate::bundle::{self, Bundle, GuestSpec, lone_member};
 use crate::error::{Error, Result};
 use crate::host::cgroup::Cgroup;
+use crate::host::fork::Forked;
 use crate::host::hooks::{self, OfKind};
 use crate::log;
-use crate::monitor::{Globals, Launched};
+use crate::monitor::{self, Charge, Globals, Launched};
 use crate::state::{Container, Phase, Record, Status};
 
 /// What `create` is asked for.
@@ -36,7 +36,7 @@ pub struct Create {
 #[derive(Debug)]
 pub struct Running {
     /// Its monitor, a child of this process.
-    pub monitor: Child,
+    pub monitor: Forked,
     /// Whether its process has a terminal.
     pub terminal: bool,
     /// Its folder.
@@ -52,17 +52,16 @@ pub fn create(globals: &Globals, options: &Create) -> Result<Running> {
     let preserved = preserved::take(PRESERVED_FIRST, options.preserve_fds)?;
     let bundle = Bundle::load(&options.bundle)?;
     check_terminal(&bundle, options)?;
-    // The monitor does this again; here it finds a mistake before anything is made.
-    bundle::split(&bundle, &options.id)?;
+    let guest = bundle::split(&bundle, &options.id)?;
     bundle::mount_points::make(&bundle)?;
     bundle::remark(&bundle.spec);
     let mut container = Container::create(&globals.root, Record::new(&options.id, &bundle))?;
-    let launched =
-        expect_vacancy(globals, &container).and_then(|()| launch(globals, options, &bundle, &mut container, preserved));
+    let launched = expect_vacancy(globals, &container)
+        .and_then(|()| launch(globals, options, &bundle, &guest, &mut container, preserved));
     let launched = launched.and_then(|mut launched| match bring_up(options, &bundle, &mut container, &mut launched) {
         Ok(()) => Ok(launched),
         Err(error) => {
-            launched.kill();
+            launched.child.kill();
             Err(error)
         }
     });
@@ -104,20 +103,23 @@ fn launch(
     globals: &Globals,
     options: &Create,
     bundle: &Bundle,
+    guest: &GuestSpec,
     container: &mut Container,
     preserved: Vec<OwnedFd>,
 ) -> Result<Launched> {
     let cgroup = Cgroup::create(&bundle.spec, &options.id, container.record.size.memory)?;
     container.record.cgroups = cgroup.folders().to_vec();
     container.save()?;
-    let mut command = globals.command();
-    cgroup.adopt(&mut command)?;
-    command.arg("monitor").arg("--bundle").arg(&bundle.path).arg("--folder").arg(container.dir());
-    if let Some(socket) = &options.console_socket {
-        command.arg("--console-socket").arg(socket);
-    }
-    command.arg(&options.id);
-    let launched = Launched::start(command, preserved)?;
+    let charge = Charge {
+        id: &options.id,
+        folder: container.dir(),
+        bundle,
+        guest,
+        cgroup: &cgroup,
+        console_socket: options.console_socket.as_deref(),
+        globals,
+    };
+    let launched = Launched::start(preserved, |owner, preserved| monitor::main(&charge, owner, preserved))?;
     container.record.monitor = Some(launched.identity);
     Ok(launched)
 }
@@ -127,12 +129,12 @@ fn bring_up(options: &Create, bundle: &Bundle, container: &mut Container, launch
     let hooks = bundle.spec.hooks().as_ref().map(hooks::creating).unwrap_or_default();
     let waits = hooks.iter().any(|(_, hooks)| !hooks.is_empty());
     if !waits {
-        launched.go(&[]);
+        launched.go();
     }
     launched.await_ready()?;
     if waits {
         run_hooks(hooks, container, launched.identity.pid)?;
-        launched.go(&[]);
+        launched.go();
     }
     container.record.helpers = launched.await_created()?;
     container.record.phase = Phase::Created;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, User};
 use runvm_protocol::{PRESERVED_FIRST, agent as wire};
 use rustix::process::setsid;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay, preserved};
 use crate::bundle::Bundle;
@@ -15,7 +15,7 @@ use crate::error::{Error, Result, sentence};
 use crate::host::process::ProcessIdentity;
 use crate::host::terminal::RawTerminal;
 use crate::monitor::{
-    self, Globals, KILLED, Launched, Owner, PRESERVED, Process, ToOwner, attend, controlling_terminal, single_threaded,
+    self, Globals, KILLED, Launched, Owner, Process, ToOwner, attend, controlling_terminal, single_threaded,
 };
 use crate::state::{self, Container, Status};
 
@@ -95,10 +95,10 @@ pub fn exec(globals: &Globals, options: &Exec) -> Result<u8> {
         tell_of(options, std::process::id())?;
         return foreground(&container, &process, &options.cgroup, preserved);
     }
-    let mut launched = launch(globals, options, preserved)?;
-    launched.await_ready()?;
+    let work = |owner, preserved| proxy(&container, options, &process, owner, preserved);
+    let mut launched = Launched::start(preserved, work)?;
     tell_of(options, launched.identity.pid)?;
-    launched.go(&to_json(&Parcel { process, cgroup: options.cgroup.clone() })?);
+    launched.go();
     launched.await_created()?;
     if options.detach {
         return Ok(0);
@@ -250,37 +250,13 @@ pub async fn start_process(
     Ok(relay)
 }
 
-/// What a proxy is handed.
-#[derive(Serialize, Deserialize)]
-struct Parcel {
-    process: OciProcess,
-    cgroup: String,
-}
-
 fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|error| Error::system("write the process")(error))
 }
 
-fn launch(globals: &Globals, options: &Exec, preserved: Vec<OwnedFd>) -> Result<Launched> {
-    let mut command = globals.command();
-    command.arg("exec-proxy");
-    if let Some(socket) = &options.console_socket {
-        command.arg("--console-socket").arg(socket);
-    }
-    command.arg(&options.id);
-    Launched::start(command, preserved)
-}
-
-/// The proxy of one exec: the PID that engines are told. It ends with the process's status, and the process ends with it.
-pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>, preserve_fds: u32) -> u8 {
-    let mut owner = match Owner::inherited() {
-        Ok(owner) => owner,
-        Err(error) => {
-            tracing::error!("the proxy is started by `runvm exec` only: {error}");
-            return u8::MAX;
-        }
-    };
-    match stand_for_process(globals, id, console_socket, preserve_fds, &mut owner) {
+/// The process that stands for one exec: the PID that engines are told. It ends with the exec's status, and the exec with it.
+fn proxy(container: &Container, options: &Exec, process: &OciProcess, mut owner: Owner, preserved: Vec<OwnedFd>) -> u8 {
+    match stand_for_process(container, options, process, &mut owner, preserved) {
         Ok(status) => status,
         Err(error) => {
             let _ = owner.send(&ToOwner::Failed { message: sentence(&error) });
@@ -290,20 +266,15 @@ pub fn proxy(globals: &Globals, id: &str, console_socket: Option<PathBuf>, prese
 }
 
 fn stand_for_process(
-    globals: &Globals,
-    id: &str,
-    console_socket: Option<PathBuf>,
-    preserve_fds: u32,
+    container: &Container,
+    options: &Exec,
+    process: &OciProcess,
     owner: &mut Owner,
+    preserved: Vec<OwnedFd>,
 ) -> Result<u8> {
-    let preserved = preserved::take(PRESERVED, preserve_fds)?;
     setsid().map_err(Error::system("make a session"))?;
-    let container = Container::look(&globals.root, id)?;
-    owner.send(&ToOwner::Ready).map_err(Error::system("talk to `runvm exec`"))?;
-    let parcel = owner.await_go().map_err(Error::system("wait for `runvm exec`"))?;
-    let Parcel { process, cgroup } = serde_json::from_slice(&parcel)
-        .map_err(|error| Error::Usage(format!("the process handed to the proxy is damaged: {error}")))?;
-    let terminal = match console_socket {
+    owner.await_go().map_err(Error::system("wait for `runvm exec`"))?;
+    let terminal = match &options.console_socket {
         Some(socket) if process.terminal().unwrap_or(false) => Some(controlling_terminal(socket)?),
         _ => None,
     };
@@ -317,7 +288,7 @@ fn stand_for_process(
         };
         let descriptors = descriptors.and_then(|descriptors| descriptors.with(preserved));
         let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
-        let (process, relay) = begin(&container, &process, &cgroup, descriptors).await?;
+        let (process, relay) = begin(container, process, &options.cgroup, descriptors).await?;
         monitor::release_stdio().map_err(Error::system("release the stdio"))?;
         owner.send(&ToOwner::Created { helpers: Vec::new() }).map_err(Error::system("talk to `runvm exec`"))?;
         owner.dismiss();

@@ -22,7 +22,7 @@ use pause::Guest;
 pub use create::{Create, Running, create};
 pub use delete::delete;
 pub use events::{Event, events, statistics};
-pub use exec::{Changes, Exec, ProcessSource, exec, proxy, start_process};
+pub use exec::{Changes, Exec, ProcessSource, exec, start_process};
 pub use pause::{pause, resume};
 pub use update::{limits_of_guest, update};
 

@@ -113,6 +113,14 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Moves the calling thread, which is to be its process's only one, into it.
+    ///
+    /// # Errors
+    /// [`CgroupError`], naming the file.
+    pub fn join(&self) -> Result<(), CgroupError> {
+        self.folders.iter().try_for_each(|folder| write(&folder.join(self.list), "0"))
+    }
+
     /// The folders, for the record.
     pub fn folders(&self) -> &[PathBuf] {
         &self.folders

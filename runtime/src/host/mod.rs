@@ -4,6 +4,7 @@ mod block_io;
 pub mod cgroup;
 pub mod descriptor;
 pub mod folder_socket;
+pub mod fork;
 pub mod hooks;
 pub mod hostname;
 pub mod idle;

@@ -1,19 +1,17 @@
-//! What a monitor or an exec's proxy and the command that starts it tell each other, as lines of JSON over a socket.
+//! What a monitor or an exec's proxy and the command that starts it tell each other, over a socket: the first lines of JSON,
+//! the second that the first may go on.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::{FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use serde::{Deserialize, Serialize};
 
 use crate::host::process::ProcessIdentity;
 
-/// The number of the socket's descriptor in the started process.
-pub const DESCRIPTOR: RawFd = 3;
-/// The number of the first descriptor that is handed down for the container's process.
-pub const PRESERVED: RawFd = DESCRIPTOR + 1;
 /// The longest line, in bytes.
 const MAX_LINE: u64 = 64 << 10;
+/// What lets the started process go on.
+const GO: [u8; 1] = [b'\n'];
 
 /// What the started process says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,18 +36,9 @@ pub enum ToOwner {
 pub struct Owner(Option<UnixStream>);
 
 impl Owner {
-    /// The end that was handed down to this process.
-    ///
-    /// # Errors
-    /// Where there is none.
-    pub fn inherited() -> io::Result<Self> {
-        // SAFETY: the number is looked at by the system only, and an invalid one is its error to report.
-        let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(DESCRIPTOR) };
-        let flags = rustix::io::fcntl_getfd(borrowed)?;
-        rustix::io::fcntl_setfd(borrowed, flags | rustix::io::FdFlags::CLOEXEC)?;
-        // SAFETY: the descriptor is open, and this, at the process's begin, is its only owner.
-        let socket = unsafe { OwnedFd::from_raw_fd(DESCRIPTOR) };
-        Ok(Self(Some(socket.into())))
+    /// It, over its end of [`Started::pair`].
+    pub fn new(socket: UnixStream) -> Self {
+        Self(Some(socket))
     }
 
     /// Tells the starting command.
@@ -63,20 +52,13 @@ impl Owner {
         socket.write_all(&line)
     }
 
-    /// Waits until the starting command has done its part; what it hands down.
+    /// Waits until the starting command has done its part.
     ///
     /// # Errors
     /// `UnexpectedEof` where it has ended instead.
-    pub fn await_go(&mut self) -> io::Result<Vec<u8>> {
+    pub fn await_go(&mut self) -> io::Result<()> {
         let socket = self.0.as_mut().ok_or(io::ErrorKind::NotConnected)?;
-        let mut length = [0; size_of::<u32>()];
-        socket.read_exact(&mut length)?;
-        let mut parcel = Vec::new();
-        let length = u64::from(u32::from_ne_bytes(length));
-        match socket.take(length).read_to_end(&mut parcel)? as u64 == length {
-            true => Ok(parcel),
-            false => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+        socket.read_exact(&mut [0; GO.len()])
     }
 
     /// There is nothing more to say.
@@ -96,9 +78,9 @@ impl Started {
     ///
     /// # Errors
     /// Those of socketpair(2).
-    pub fn pair() -> io::Result<(Self, OwnedFd)> {
+    pub fn pair() -> io::Result<(Self, UnixStream)> {
         let (ours, theirs) = UnixStream::pair()?;
-        Ok((Self { socket: BufReader::new(ours) }, theirs.into()))
+        Ok((Self { socket: BufReader::new(ours) }, theirs))
     }
 
     /// The next message; `None` when the process has ended.
@@ -113,15 +95,12 @@ impl Started {
         }
     }
 
-    /// Lets the process go on, and hands down a parcel.
+    /// Lets the process go on.
     ///
     /// # Errors
-    /// Those of the socket; `InvalidInput` for a parcel of 4 GiB and more.
-    pub fn go(&mut self, parcel: &[u8]) -> io::Result<()> {
-        let length = u32::try_from(parcel.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let socket = self.socket.get_mut();
-        socket.write_all(&length.to_ne_bytes())?;
-        socket.write_all(parcel)
+    /// Those of the socket.
+    pub fn go(&mut self) -> io::Result<()> {
+        self.socket.get_mut().write_all(&GO)
     }
 }
 
@@ -132,11 +111,11 @@ mod tests {
     #[test]
     fn both_ends_understand_each_other() {
         let (mut started, theirs) = Started::pair().unwrap();
-        let mut owner = Owner(Some(theirs.into()));
+        let mut owner = Owner::new(theirs);
         owner.send(&ToOwner::Ready).unwrap();
         assert!(matches!(started.receive().unwrap(), Some(ToOwner::Ready)));
-        started.go(b"parcel").unwrap();
-        assert_eq!(owner.await_go().unwrap(), b"parcel");
+        started.go().unwrap();
+        owner.await_go().unwrap();
         owner.send(&ToOwner::Failed { message: "no".into() }).unwrap();
         assert!(matches!(started.receive().unwrap(), Some(ToOwner::Failed { message }) if message == "no"));
         owner.dismiss();
@@ -148,6 +127,6 @@ mod tests {
     fn a_creator_that_ended_is_noticed() {
         let (started, theirs) = Started::pair().unwrap();
         drop(started);
-        assert_eq!(Owner(Some(theirs.into())).await_go().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(Owner::new(theirs).await_go().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

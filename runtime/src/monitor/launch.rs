@@ -1,18 +1,16 @@
-//! Starting a monitor or an exec's proxy: this program again, with the caller's stdio and its end of the handshake.
+//! Starting a monitor or an exec's proxy: a copy of the command that does so, with its stdio.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::{Child, Command};
 
-use command_fds::{CommandFdExt as _, FdMapping};
-
-use super::handshake::{DESCRIPTOR, PRESERVED, Started, ToOwner};
+use super::handshake::{Owner, Started, ToOwner};
 use crate::error::{Error, Result};
-use crate::host::process::{ProcessIdentity, own_program};
+use crate::host::fork::Forked;
+use crate::host::process::{ProcessIdentity, send_elsewhere};
 use crate::log;
 use crate::vmm;
 
-/// The options that come before every verb, and are handed down.
+/// The options that come before every verb.
 #[derive(Clone, Debug)]
 pub struct Globals {
     /// The state root.
@@ -25,51 +23,31 @@ pub struct Globals {
     pub guest_console: Option<PathBuf>,
 }
 
-impl Globals {
-    /// This program with these options.
-    pub fn command(&self) -> Command {
-        let mut command = own_program();
-        command.arg("--root").arg(&self.root);
-        self.vm.hand_down(&mut command);
-        self.log.hand_down(&mut command);
-        if let Some(file) = &self.guest_console {
-            command.arg("--guest-console").arg(file);
-        }
-        command
-    }
-}
-
 /// A started monitor or proxy.
 #[derive(Debug)]
 pub struct Launched {
     /// The process.
-    pub child: Child,
+    pub child: Forked,
     /// The same, for records.
     pub identity: ProcessIdentity,
     started: Started,
 }
 
 impl Launched {
-    /// Starts `command`, which is a hidden verb of this program, with these descriptors of its caller's.
+    /// Starts a process that does `work` with its end of the handshake and these descriptors of its caller's, and ends with
+    /// the status that this returns.
     ///
     /// # Errors
     /// [`Error::System`].
-    pub fn start(mut command: Command, preserved: Vec<OwnedFd>) -> Result<Self> {
+    pub fn start(preserved: Vec<OwnedFd>, work: impl FnOnce(Owner, Vec<OwnedFd>) -> u8) -> Result<Self> {
         let (started, theirs) = Started::pair().map_err(Error::system("make a socket"))?;
-        if !preserved.is_empty() {
-            command.arg("--preserve-fds").arg(preserved.len().to_string());
-        }
-        let preserved = preserved.into_iter().zip(PRESERVED..);
-        let mappings =
-            preserved.chain([(theirs, DESCRIPTOR)]).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
-        command
-            .fd_mappings(mappings.collect())
-            .map_err(|error| Error::system("hand down a socket")(std::io::Error::other(error)))?;
-        let child = command.spawn().map_err(Error::system("start the monitor"))?;
-        // The command holds the child's end of the socket open; with it this side would never see the child's end.
-        drop(command);
+        let mut keep: Vec<_> = preserved.iter().map(AsRawFd::as_raw_fd).collect();
+        keep.push(theirs.as_raw_fd());
+        let child = Forked::start(&keep, || work(Owner::new(theirs), preserved));
+        let child = child.map_err(Error::system("start the monitor"))?;
         let identity =
             ProcessIdentity::of(child.id()).ok_or_else(|| Error::MonitorDied(" before it began".to_owned()))?;
+        send_elsewhere(identity);
         Ok(Self { child, identity, started })
     }
 
@@ -84,10 +62,10 @@ impl Launched {
         }
     }
 
-    /// Lets the process go on once it is ready, with what else it must know.
-    pub fn go(&mut self, parcel: &[u8]) {
+    /// Lets the process go on once it is ready.
+    pub fn go(&mut self) {
         // Where it has ended in the meantime, its last message says why.
-        let _ = self.started.go(parcel);
+        let _ = self.started.go();
     }
 
     /// Waits until the process has created what it is for; the further processes of the VM.
@@ -110,13 +88,6 @@ impl Launched {
                 Err(Error::MonitorDied(status))
             }
         }
-    }
-
-    /// Ends the process.
-    pub fn kill(&mut self) {
-        // One that has ended needs no killing.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -11,25 +11,26 @@ mod start;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use tokio::runtime::Runtime;
 
-use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel, preserved};
-use crate::bundle::{self, Bundle, GuestSpec};
+use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
+use crate::bundle::{Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
+use crate::host::cgroup::Cgroup;
 use crate::host::stand_in::{self, Standing};
 use crate::host::{hostname, oom, terminal};
 use crate::log;
 use crate::network::namespace;
 use crate::sandbox::{Config, Sandbox, SandboxError, Size};
 use crate::state::Container;
-use crate::vmm::{self, Blank};
+use crate::vmm::Blank;
 use start::Start;
 
 pub use attend::{KILL_SENT, KILLED, Process, attend};
-pub use handshake::{Owner, PRESERVED, ToOwner};
+pub use handshake::{Owner, ToOwner};
 pub use launch::{Globals, Launched};
 pub use start::start;
 
@@ -37,37 +38,29 @@ pub use start::start;
 /// only who reads their output.
 const PARTING: std::time::Duration = std::time::Duration::from_secs(2);
 
-/// What a monitor is told by its command line.
-#[derive(Clone, Debug)]
-pub struct Options {
+/// What a monitor stands for.
+#[derive(Clone, Copy, Debug)]
+pub struct Charge<'a> {
     /// The container.
-    pub id: String,
+    pub id: &'a str,
     /// The container's folder in the state root.
-    pub folder: PathBuf,
+    pub folder: &'a Path,
     /// Its bundle.
-    pub bundle: PathBuf,
+    pub bundle: &'a Bundle,
+    /// What of that is the guest's.
+    pub guest: &'a GuestSpec,
+    /// Its cgroup, which the monitor and what follows from it belong to.
+    pub cgroup: &'a Cgroup,
     /// The socket that gets the terminal's master.
-    pub console_socket: Option<PathBuf>,
-    /// What is asked of the VM.
-    pub vm: vmm::Options,
-    /// Where the log goes.
-    pub log: log::Options,
-    /// Where the guest's console is written.
-    pub guest_console: Option<PathBuf>,
-    /// How many descriptors the container's process is handed beside its stdio.
-    pub preserve_fds: u32,
+    pub console_socket: Option<&'a Path>,
+    /// The options that come before every verb.
+    pub globals: &'a Globals,
 }
 
-/// Runs a monitor to its end; the status to exit with.
-pub fn main(options: &Options) -> u8 {
-    let mut owner = match Owner::inherited() {
-        Ok(owner) => owner,
-        Err(error) => {
-            tracing::error!("the monitor is started by `runvm create` only: {error}");
-            return 1;
-        }
-    };
-    match stand_for_container(options, &mut owner) {
+/// Runs a monitor to its end, in the process that is to be one, with the descriptors that the container's process is handed
+/// beside its stdio; the status to exit with.
+pub fn main(charge: &Charge<'_>, mut owner: Owner, preserved: Vec<OwnedFd>) -> u8 {
+    match stand_for_container(charge, preserved, &mut owner) {
         Ok(status) => status,
         Err(error) => {
             // Before the container is created its creator tells the user; afterwards nobody listens.
@@ -82,9 +75,9 @@ pub fn main(options: &Options) -> u8 {
     }
 }
 
-fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
+fn stand_for_container(charge: &Charge<'_>, preserved: Vec<OwnedFd>, owner: &mut Owner) -> Result<u8> {
     log::stage("monitor main");
-    let preserved = preserved::take(PRESERVED, options.preserve_fds)?;
+    charge.cgroup.join()?;
     raise_limit_of_files().map_err(Error::system("raise the limit of open files"))?;
     // The engine's terminal, and signals to its process group, are not the monitor's.
     setsid().map_err(Error::system("make a session"))?;
@@ -92,24 +85,23 @@ fn stand_for_container(options: &Options, owner: &mut Owner) -> Result<u8> {
     // It begins while everything else is looked at, and cannot be told of it any sooner.
     let blank = {
         let _inside = runtime.enter();
-        Blank::ahead(&options.vm, &options.log, None).map_err(SandboxError::from)?
+        Blank::ahead(&charge.globals.vm, &charge.globals.log, None).map_err(SandboxError::from)?
     };
-    let bundle = Bundle::load(&options.bundle)?;
-    let guest = bundle::split(&bundle, &options.id)?;
+    let bundle = charge.bundle;
     let namespace = bundle.network_namespace();
     single_threaded(async { Ok(namespace::take_up(&namespace).await.map_err(SandboxError::from)?) })?;
     if let Some(name) = bundle.spec.hostname() {
         hostname::adopt(name).map_err(Error::system("take the container's host name"))?;
     }
-    let terminal = match &options.console_socket {
-        Some(socket) if bundle.terminal() => Some(controlling_terminal(socket.clone())?),
+    let terminal = match charge.console_socket {
+        Some(socket) if bundle.terminal() => Some(controlling_terminal(socket)?),
         _ => None,
     };
     owner.send(&ToOwner::Ready).map_err(Error::system("talk to the creator"))?;
     owner.await_go().map_err(Error::system("wait for the creator"))?;
     log::stage("hooks done");
     let streams = Streams { terminal, preserved };
-    let work = |standing| to_its_end(runtime, run(options, &bundle, guest, blank, streams, owner, standing));
+    let work = |standing| to_its_end(runtime, run(charge, blank, streams, owner, standing));
     stand_in::behind(&bundle.rootfs, work).map_err(Error::system("start a thread"))?
 }
 
@@ -135,8 +127,8 @@ fn to_its_end<T>(runtime: Runtime, work: impl Future<Output = Result<T>>) -> Res
 }
 
 /// Hands a terminal to the engine, and becomes the process that is told of its size.
-pub fn controlling_terminal(console_socket: PathBuf) -> Result<OwnedFd> {
-    let slave = terminal::for_engine(&console_socket)
+pub fn controlling_terminal(console_socket: &Path) -> Result<OwnedFd> {
+    let slave = terminal::for_engine(console_socket)
         .map_err(Error::file("send a terminal to --console-socket", console_socket))?;
     rustix::process::ioctl_tiocsctty(&slave).map_err(Error::system("take the terminal"))?;
     Ok(slave)
@@ -149,23 +141,22 @@ struct Streams {
 }
 
 async fn run(
-    options: &Options,
-    bundle: &Bundle,
-    guest: GuestSpec,
+    charge: &Charge<'_>,
     blank: Option<Blank>,
     streams: Streams,
     owner: &mut Owner,
     standing: Standing,
 ) -> Result<u8> {
     let Streams { terminal, preserved } = streams;
+    let Charge { bundle, guest, globals, .. } = charge;
     let config = Config {
-        vm: options.vm.clone(),
+        vm: globals.vm.clone(),
         size: Size::of(&bundle.spec),
         exports: guest.exports.clone(),
         hostname: bundle.spec.hostname().clone().unwrap_or_default(),
         user_namespace: bundle.user_namespace(),
-        log: options.log.clone(),
-        console: options.guest_console.clone(),
+        log: globals.log.clone(),
+        console: globals.guest_console.clone(),
         cgroup: None,
     };
     let mut sandbox = Sandbox::boot(config, blank).await?;
@@ -175,22 +166,22 @@ async fn run(
     };
     let descriptors = descriptors.and_then(|descriptors| descriptors.with(preserved));
     let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
-    let relay = match sandbox.agent.make_container(&options.id, &guest, None, descriptors).await {
+    let relay = match sandbox.agent.make_container(charge.id, guest, None, descriptors).await {
         Ok(relay) => relay,
         Err(error) => return Err(sandbox.explain(error).await.into()),
     };
-    let listener = MonitorSocket::of(&options.folder).listen().map_err(Error::system("listen for the verbs"))?;
+    let listener = MonitorSocket::of(charge.folder).listen().map_err(Error::system("listen for the verbs"))?;
     let tunnel = Tunnel::serve(listener, sandbox.channel(), sandbox.streams());
     let start =
-        Start { id: options.id.clone(), agent: sandbox.agent.clone(), late_network: sandbox.late_network.clone() };
-    let starting = start.serve(&options.folder).map_err(Error::system("listen for `start`"))?;
+        Start { id: charge.id.to_owned(), agent: sandbox.agent.clone(), late_network: sandbox.late_network.clone() };
+    let starting = start.serve(charge.folder).map_err(Error::system("listen for `start`"))?;
     release_stdio().map_err(Error::system("release the stdio"))?;
     standing.wait().map_err(Error::system("stand before the container's root"))?;
     owner.send(&ToOwner::Created { helpers: sandbox.processes() }).map_err(Error::system("talk to the creator"))?;
     owner.dismiss();
     log::stage("container created");
 
-    let process = Process { agent: sandbox.agent.clone(), container_id: options.id.clone(), exec_id: String::new() };
+    let process = Process { agent: sandbox.agent.clone(), container_id: charge.id.to_owned(), exec_id: String::new() };
     let end: Result<Exit> = tokio::select! {
         exit = attend(process, relay, terminal.as_ref()) => match exit {
             Ok(exit) => {
@@ -206,22 +197,21 @@ async fn run(
         },
         reason = sandbox.ended() => Err(SandboxError::Gone(reason).into()),
     };
-    let parting = async { tokio::join!(starting.over(), let_part(&options.folder, &tunnel)) };
+    let parting = async { tokio::join!(starting.over(), let_part(charge.folder, &tunnel)) };
     if tokio::time::timeout(PARTING, parting).await.is_err() {
         tracing::info!("an exec's output is not read: the container ends without waiting for it");
     }
     let exit = end?;
     if exit.oom_killed {
         sandbox.end();
-        note_oom(options);
+        note_oom(charge);
     }
     Ok(exit.status)
 }
 
 /// Lets engines know that the container was short of memory.
-fn note_oom(options: &Options) {
-    let root = options.folder.parent().unwrap_or(&options.folder);
-    let noted = Container::look(root, &options.id).map_err(io::Error::other);
+fn note_oom(charge: &Charge<'_>) {
+    let noted = Container::look(&charge.globals.root, charge.id).map_err(io::Error::other);
     if let Err(error) = noted.and_then(|container| oom::note(&container.record.cgroups)) {
         tracing::info!("a process of the container was killed for want of memory, which engines do not see: {error}");
     }

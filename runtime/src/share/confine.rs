@@ -5,37 +5,35 @@
 //! share, the capabilities of [`FILE_CAPABILITIES`] and the system calls of virtiofsd's filter.
 
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 
-use nix::libc;
 use nix::sys::resource::{Resource, setrlimit};
 use runvm_vmm::confinement::FILE_CAPABILITIES;
 use rustix::process::{DumpableBehavior, Signal};
+use rustix::stdio::{dup2_stdin, stdin};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use virtiofsd::seccomp::{SeccompAction, enable_seccomp};
 
 use super::SetupError;
 use super::tree::step;
+use crate::host::descriptor::close_others;
 
 /// Closes what else came from the parent: an engine may have left it open for all its descendants.
 ///
 /// # Errors
 /// Where the host's kernel cannot.
-pub(crate) fn close_from(first: RawFd) -> io::Result<()> {
-    // SAFETY: nothing in this process holds a descriptor from that number on yet: it is called before any is opened.
-    match unsafe { libc::close_range(first.cast_unsigned(), libc::c_uint::MAX, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+pub(crate) fn close_inherited() -> io::Result<()> {
+    // SAFETY: nothing in this process holds another descriptor yet: it is called before any is opened.
+    unsafe { close_others(&[]) }
 }
 
 /// Dies with the parent, and gives up its stdin, which is returned.
 pub(crate) fn begin() -> Result<OwnedFd, SetupError> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(step("tie the process to its parent"))?;
-    let control = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).map_err(step("take stdin"))?;
+    let control = rustix::io::fcntl_dupfd_cloexec(stdin(), 3).map_err(step("take stdin"))?;
     let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty());
-    null.and_then(rustix::stdio::dup2_stdin).map_err(step("open /dev/null"))?;
+    null.and_then(dup2_stdin).map_err(step("open /dev/null"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("forbid core dumps"))?;
     Ok(control)
 }

@@ -51,7 +51,7 @@ type Server = VhostUserDaemon<Arc<VhostUserFsBackend<Files>>>;
 
 /// Runs the daemon from its first moment to the VMM's last. What goes wrong is told to the parent.
 pub(super) fn run() -> Result<(), SetupError> {
-    confine::close_from(3).map_err(step("close inherited descriptors"))?;
+    confine::close_inherited().map_err(step("close inherited descriptors"))?;
     let control = UnixStream::from(confine::begin()?);
     let (server, reply) = match prepare(&control) {
         Ok((server, client)) => (Ok(server), Ok(client)),

@@ -1,8 +1,6 @@
-//! What the user may say of the VM: on the command line, in the environment, or in the configuration. It is handed down
-//! to the processes that follow.
+//! What the user may say of the VM: on the command line, in the environment, or in the configuration.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
@@ -72,17 +70,6 @@ pub enum Wanted {
 }
 
 impl Options {
-    /// Gives a process of this program the same options.
-    pub fn hand_down(&self, command: &mut Command) {
-        let vmm = match self.vmm {
-            Wanted::Auto => "auto",
-            Wanted::Builtin => "builtin",
-            Wanted::Qemu => "qemu",
-        };
-        command.args(["--accel", self.accelerator.name(), "--vmm", vmm, "--template", self.templates.name()]);
-        command.arg("--template-dir").arg(&self.template_dir);
-    }
-
     /// Whether a machine with this accelerator is QEMU's.
     pub fn needs_qemu(&self, accelerator: Accelerator) -> bool {
         match self.vmm {

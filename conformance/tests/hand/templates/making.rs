@@ -104,7 +104,7 @@ fn the_monitor_is_killed(h: &Hand, moment: impl Fn(&Watch, &Path) -> Result<()>)
         moment(&watch, &templates.folder)?;
         let all = Process::all()?;
         let first = all.iter().find(|process| u32::try_from(process.pid) == Ok(run.id())).context("`run` is there")?;
-        let monitor = first.family(&all).into_iter().find(|process| process.line.contains(" monitor "));
+        let monitor = first.family(&all).into_iter().find(|process| process.parent == first.pid);
         let monitor = monitor.and_then(|monitor| Pid::from_raw(monitor.pid)).context("the monitor is there")?;
         kill_process(monitor, Signal::KILL)?;
         ensure!(ended_within(&run, PATIENCE)?, "`run` goes on without its monitor");

@@ -206,8 +206,7 @@ fn write(machine: &Machine, state: &File, memory: &File, pages: &PageMap) -> Sav
 
 /// Waits for what the owner wants, with nothing else open; none where it wants nothing.
 fn receive() -> std::io::Result<Option<(UnixStream, Description, Handed)>> {
-    // An engine may have left descriptors open for all its descendants.
-    share::confine::close_from(3)?;
+    share::confine::close_inherited()?;
     widen_table();
     let control = UnixStream::from(share::confine::begin().map_err(std::io::Error::other)?);
     let Some((description, descriptors)) = Description::receive(&control)? else { return Ok(None) };
