@@ -8,11 +8,13 @@ use std::ffi::CString;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufReader, Read as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::oci_spec::runtime::Process;
-use rustix::fs::{Access, AtFlags, CWD, FileType, Mode};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, openat, statat};
 use rustix::io::Errno;
 
 /// The largest /etc/passwd that is searched for a home.
@@ -42,7 +44,7 @@ pub(super) fn find(process: &Process) -> Result<PathBuf, String> {
     let name = process.args().iter().flatten().next().filter(|name| !name.is_empty());
     let name = name.ok_or(r#"exec: "": executable file not found in $PATH"#)?;
     if name.contains('/') {
-        return match executable(Path::new(name)) {
+        return match executable(CWD, Path::new(name)) {
             Ok(()) => Ok(name.into()),
             Err(Obstacle::Stat(errno)) => Err(format!("exec: {name:?}: stat {name}: {}", describe(errno))),
             Err(Obstacle::Forbidden) => Err(format!("exec: {name:?}: {}", describe(Errno::ACCESS))),
@@ -50,10 +52,12 @@ pub(super) fn find(process: &Process) -> Result<PathBuf, String> {
     }
     let variables = process.env().iter().flatten();
     let path = variables.filter_map(|variable| variable.strip_prefix("PATH=")).next_back().unwrap_or_default();
+    let mut folders = Folders::default();
     path.split(':')
         .filter(|folder| folder.starts_with('/'))
-        .map(|folder| Path::new(folder).join(name))
-        .find(|path| executable(path).is_ok())
+        .map(Path::new)
+        .find(|folder| folders.have_executable(folder, name))
+        .map(|folder| folder.join(name))
         .ok_or_else(|| format!("exec: {name:?}: executable file not found in $PATH"))
 }
 
@@ -62,12 +66,44 @@ enum Obstacle {
     Forbidden,
 }
 
-fn executable(path: &Path) -> Result<(), Obstacle> {
-    let status = rustix::fs::stat(path).map_err(Obstacle::Stat)?;
+/// The folders of a PATH and those that they are in, each looked up once: on the share every step of a path may be a
+/// request, and that to something that is missing always is.
+#[derive(Default)]
+struct Folders(Vec<(PathBuf, Result<Rc<OwnedFd>, Errno>)>);
+
+impl Folders {
+    fn have_executable(&mut self, folder: &Path, name: &str) -> bool {
+        match self.open(folder) {
+            Ok(folder) => executable(folder.as_fd(), Path::new(name)).is_ok(),
+            Err(Errno::NOENT | Errno::NOTDIR) => false,
+            // The container's filter may know no such question.
+            Err(_) => executable(CWD, &folder.join(name)).is_ok(),
+        }
+    }
+
+    fn open(&mut self, path: &Path) -> Result<Rc<OwnedFd>, Errno> {
+        if let Some((_, known)) = self.0.iter().find(|(known, _)| known == path) {
+            return known.clone();
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) => {
+                self.open(parent).and_then(|parent| openat(parent, name, flags, Mode::empty()))
+            }
+            _ => openat(CWD, path, flags, Mode::empty()),
+        };
+        let opened = opened.map(Rc::new);
+        self.0.push((path.to_owned(), opened.clone()));
+        opened
+    }
+}
+
+fn executable(folder: BorrowedFd<'_>, path: &Path) -> Result<(), Obstacle> {
+    let status = statat(folder, path, AtFlags::empty()).map_err(Obstacle::Stat)?;
     if FileType::from_raw_mode(status.st_mode) == FileType::Directory {
         return Err(Obstacle::Forbidden);
     }
-    match rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS) {
+    match accessat(folder, path, Access::EXEC_OK, AtFlags::EACCESS) {
         Ok(()) => Ok(()),
         // The container's filter may be older than this question: then the mode has to do, and execve(2) decides.
         Err(Errno::PERM | Errno::NOSYS) if Mode::from_raw_mode(status.st_mode).intersects(ANY_EXECUTES) => Ok(()),
@@ -140,7 +176,9 @@ mod tests {
 
     #[test]
     fn programs_are_found_as_in_a_shell() {
-        assert_eq!(find(&process("sh", &["PATH=/nowhere:/bin"])), Ok("/bin/sh".into()));
+        let in_path = |path: &str| find(&process("sh", &[&format!("PATH={path}")]));
+        assert_eq!(in_path("/nowhere:/bin"), Ok("/bin/sh".into()));
+        assert_eq!(in_path("/no/where:/no/there::bin:/etc/passwd/x:/usr/../bin/"), Ok("/usr/../bin/sh".into()));
         assert_eq!(find(&process("/bin/sh", &[])), Ok("/bin/sh".into()));
     }
 
