@@ -69,6 +69,8 @@ struct Container {
     door: Door,
     init: Process,
     phase: Mutex<Phase>,
+    /// Whether its first process was sent a SIGKILL: it ends, but perhaps not before it is told to start.
+    killed: AtomicBool,
     paused: AtomicBool,
     /// `None` for one that is being started.
     execs: Mutex<HashMap<String, Option<Process>>>,
@@ -184,7 +186,7 @@ impl Containers {
     /// Runs the container's program.
     pub(crate) async fn start(&self, id: &str) -> Result<(), RequestError> {
         let container = self.find(id)?;
-        if container.init.exit.happened() {
+        if container.killed.load(Ordering::Relaxed) || container.init.exit.happened() {
             return Err(RequestError::Stopped);
         }
         container.change(Phase::Created, Phase::Running, RequestError::AlreadyStarted)?;
@@ -320,6 +322,9 @@ impl Containers {
         let container = self.find(&request.container_id)?;
         let signal = i32::try_from(request.signal).ok().filter(|signal| (0..=64).contains(signal));
         let signal = signal.ok_or(RequestError::Signal(request.signal))?;
+        if signal == libc::SIGKILL && (request.all || request.exec_id.is_empty()) {
+            container.killed.store(true, Ordering::Relaxed);
+        }
         if request.all {
             return container
                 .cgroup
@@ -380,9 +385,10 @@ impl Container {
         let seccomp = linux.and_then(|linux| linux.seccomp().clone());
         let door = Door::new(init.pid, namespaces, cgroup.clone(), seccomp)
             .map_err(RequestError::system("open the container's first process"))?;
-        let (phase, paused, execs) = (Mutex::new(Phase::Created), AtomicBool::new(false), Mutex::default());
+        let (phase, execs) = (Mutex::new(Phase::Created), Mutex::default());
+        let (killed, paused) = (AtomicBool::new(false), AtomicBool::new(false));
         let (cgroup, user_namespace) = (cgroup.clone(), company.user_namespace().cloned());
-        Ok(Self { cgroup, user_namespace, _nodes: nodes, starter, door, init, phase, paused, execs })
+        Ok(Self { cgroup, user_namespace, _nodes: nodes, starter, door, init, phase, killed, paused, execs })
     }
 
     /// Ends all its processes when the first one has ended, as the kernel does where that is the first of a PID namespace.
