@@ -27,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(writes_of_a_mapped_file_arrive),
         case!(renames_locks_and_sockets_work),
         case!(what_is_open_stays_readable),
+        case!(a_folder_that_is_open_stays_readable),
     ]
 }
 
@@ -265,6 +266,41 @@ print(mmap.mmap(files['mapped'], 0, prot=mmap.PROT_READ)[:], os.fstat(files['gon
 os.fsync(files['mapped']); os.utime(files['mapped'], (1, 1)); print(os.stat('mapped').st_mtime)
 try: os.write(files['mapped'], b'x')
 except OSError as e: print(e.strerror)";
+    let output = d.run_debian(&options, &["python3", "-c", script])?.ok()?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+/// Nothing was read of the folders before their names, modes and contents changed.
+fn a_folder_that_is_open_stays_readable(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let script = "
+import os, shutil
+os.chdir('/shared')
+def make(path): os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+for name in ['read', 'moved', 'closed', 'synced', 'others', 'gone']: os.mkdir(name)
+for name in ['read', 'moved', 'closed', 'synced', 'others']: make(name + '/file')
+names = ['read', 'moved', 'closed', 'synced', 'gone']
+folders = {name: os.open(name, os.O_RDONLY | os.O_DIRECTORY) for name in names}
+opened, changed = os.pipe(), os.pipe()
+if os.fork() == 0:
+    os.setuid(65534)
+    other = os.open('others', os.O_RDONLY)
+    os.write(opened[1], b'x')
+    os.read(changed[0], 1)
+    os.write(opened[1], ' '.join(os.listdir(other)).encode())
+    os._exit(0)
+os.read(opened[0], 1)
+os.rename('moved', 'there'); os.chmod('closed', 0); os.chmod('others', 0); os.rmdir('gone'); make('read/later')
+os.write(changed[1], b'x')
+print(os.read(opened[0], 100), [sorted(os.listdir(folders[name])) for name in names[:3]])
+os.fsync(folders['synced']); make('synced/later'); print(sorted(os.listdir(folders['synced'])))
+try: print(os.listdir(folders['gone']))
+except OSError as e: print(e.strerror)
+try: os.mkdir('/shared')
+except OSError as e: print(e.strerror)
+os.mkdir('many')
+for number in range(1500): make('many/' + str(number))
+print(len(os.listdir('many'))); shutil.rmtree('many'); print(os.path.exists('many'))";
     let output = d.run_debian(&options, &["python3", "-c", script])?.ok()?;
     Ok(Outcome::new().see_output("run", &output))
 }
