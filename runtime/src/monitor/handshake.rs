@@ -36,7 +36,7 @@ pub enum ToOwner {
 pub struct Owner(Option<UnixStream>);
 
 impl Owner {
-    /// It, over its end of [`Started::pair`].
+    /// It, over its end of the socket pair.
     pub fn new(socket: UnixStream) -> Self {
         Self(Some(socket))
     }
