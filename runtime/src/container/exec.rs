@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, User};
 use runvm_protocol::{PRESERVED_FIRST, agent as wire};
 use rustix::process::setsid;
-use serde::Serialize;
 
 use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay, preserved};
 use crate::bundle::Bundle;
@@ -241,17 +240,13 @@ pub async fn start_process(
     let request = wire::ExecProcessRequest {
         container_id: place.container_id.clone(),
         exec_id: place.exec_id.clone(),
-        process: to_json(&process)?,
+        process: serde_json::to_vec(&process).map_err(Error::system("write the process"))?,
         stdio: Some(stdio).into(),
         cgroup: cgroup.to_owned(),
         ..Default::default()
     };
     place.agent.exec_process(request).await?;
     Ok(relay)
-}
-
-fn to_json(value: &impl Serialize) -> Result<Vec<u8>> {
-    serde_json::to_vec(value).map_err(|error| Error::system("write the process")(error))
 }
 
 /// The process that stands for one exec: the PID that engines are told. It ends with the exec's status, and the exec with it.

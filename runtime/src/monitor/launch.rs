@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::handshake::{Owner, Started, ToOwner};
 use crate::error::{Error, Result};
 use crate::host::fork::Forked;
-use crate::host::process::{ProcessIdentity, send_elsewhere};
+use crate::host::process::ProcessIdentity;
 use crate::log;
 use crate::vmm;
 
@@ -47,7 +47,6 @@ impl Launched {
         let child = child.map_err(Error::system("start the monitor"))?;
         let identity =
             ProcessIdentity::of(child.id()).ok_or_else(|| Error::MonitorDied(" before it began".to_owned()))?;
-        send_elsewhere(identity);
         Ok(Self { child, identity, started })
     }
 

@@ -31,17 +31,6 @@ pub enum Use {
     Require,
 }
 
-impl Use {
-    /// The value of `--template` that means this.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Off => "off",
-            Self::Require => "require",
-        }
-    }
-}
-
 /// What can go wrong with templates.
 #[derive(Debug, Error)]
 pub enum TemplateError {

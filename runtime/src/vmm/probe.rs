@@ -66,17 +66,6 @@ pub enum Wanted {
     Tcg,
 }
 
-impl Wanted {
-    /// The value of `--accel` that means this.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Kvm => "kvm",
-            Self::Tcg => "tcg",
-        }
-    }
-}
-
 /// An accelerator, and why it is this one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Choice {
