@@ -70,7 +70,7 @@ impl Dispatcher {
         let Some(place) = self.held.reserve(&key) else {
             return tracing::warn!("there is no room for the stdio stream {key:?}");
         };
-        // The host waits for the answer before it names the stream in a request.
+        // What follows the answer is the process's.
         match ports::acknowledge_stdio(&mut stream).await {
             // It may have waited long enough.
             Ok(()) => drop(place.send(Box::new(stream))),

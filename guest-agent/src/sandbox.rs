@@ -26,6 +26,7 @@ const READ_AHEAD_KB: &str = "512";
 
 /// Prepares the guest for its containers; the user namespace that they have, if any.
 pub(crate) async fn configure(request: &agent::ConfigureSandboxRequest) -> Result<Option<UserNamespace>, RequestError> {
+    set_clock(request.realtime_ns)?;
     if !request.hostname.is_empty() {
         rustix::system::sethostname(request.hostname.as_bytes()).map_err(RequestError::system("set the host name"))?;
     }

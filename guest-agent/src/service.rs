@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use runvm_protocol::{agent, agent_ttrpc};
+use tokio::sync::Mutex;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::container::Containers;
@@ -15,11 +16,14 @@ use crate::{log, network, sandbox};
 
 /// The methods, for a server.
 pub(crate) fn methods(containers: Arc<Containers>) -> HashMap<String, Service> {
-    agent_ttrpc::create_agent(Arc::new(Agent { containers }))
+    agent_ttrpc::create_agent(Arc::new(Agent { containers, turn: Arc::default() }))
 }
 
 struct Agent {
     containers: Arc<Containers>,
+    /// Whose turn it is of those that change what others find: the host asks for all that a start takes at once, and each
+    /// has its turn as it was asked.
+    turn: Arc<Mutex<()>>,
 }
 
 #[async_trait]
@@ -29,8 +33,9 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureSandboxRequest,
     ) -> ttrpc::Result<agent::Empty> {
-        let containers = self.containers.clone();
+        let (containers, turn) = (self.containers.clone(), self.turn.clone());
         to_its_end(async move {
+            let _turn = turn.lock().await;
             if let Some(user_namespace) = sandbox::configure(&request).await? {
                 containers.use_user_namespace(user_namespace);
             }
@@ -49,7 +54,9 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::ConfigureNetworkRequest,
     ) -> ttrpc::Result<agent::Empty> {
+        let turn = self.turn.clone();
         to_its_end(async move {
+            let _turn = turn.lock().await;
             network::configure(&request).await?;
             log::stage("network done");
             Ok(agent::Empty::new())
@@ -62,8 +69,13 @@ impl agent_ttrpc::Agent for Agent {
         _: &TtrpcContext,
         request: agent::CreateContainerRequest,
     ) -> ttrpc::Result<agent::ProcessResponse> {
-        let containers = self.containers.clone();
-        to_its_end(async move { containers.create(&request).await.map(process) }).await
+        let (containers, turn) = (self.containers.clone(), self.turn.clone());
+        to_its_end(async move {
+            // Containers are made beside each other.
+            drop(turn.lock().await);
+            containers.create(&request).await.map(process)
+        })
+        .await
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: agent::ContainerRequest) -> ttrpc::Result<agent::Empty> {

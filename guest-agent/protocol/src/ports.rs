@@ -37,20 +37,26 @@ pub async fn announced(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<u32>
     stream.read_u32().await
 }
 
-/// Says of a new stream that it is for stdio, and the key by which a later request names it, and waits until the agent
-/// holds it. All is said in one piece: each is a packet to the guest, and an interrupt.
+/// Says of a new stream that it is for stdio, and the key by which a request names it. All is said in one piece: each is a
+/// packet to the guest, and an interrupt. The request need not wait until the agent holds the stream.
 ///
 /// # Errors
-/// `InvalidInput` for a key that is empty or longer than [`MAX_KEY`]; `ConnectionRefused` where the agent
-/// does not take the stream; those of the stream.
-pub async fn announce_stdio(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), key: &str) -> io::Result<()> {
+/// `InvalidInput` for a key that is empty or longer than [`MAX_KEY`]; those of the stream.
+pub async fn announce_stdio(stream: &mut (impl AsyncWrite + Unpin), key: &str) -> io::Result<()> {
     let length = u8::try_from(key.len()).ok().filter(|&length| length > 0 && usize::from(length) <= MAX_KEY);
     let Some(length) = length else {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a stdio key has 1 to 128 bytes"));
     };
     let said = [&STDIO.to_be_bytes(), &[length][..], key.as_bytes()].concat();
     stream.write_all(&said).await?;
-    stream.flush().await?;
+    stream.flush().await
+}
+
+/// Waits until the agent holds a stdio stream: what follows is the process's.
+///
+/// # Errors
+/// `ConnectionRefused` where the agent does not take the stream; those of the stream.
+pub async fn await_hold(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     match stream.read_u8().await? {
         HELD => Ok(()),
         _ => Err(io::Error::new(io::ErrorKind::ConnectionRefused, "the agent does not take the stream")),
@@ -105,11 +111,13 @@ mod tests {
     #[tokio::test]
     async fn a_stdio_stream_is_named_and_held() {
         let (mut host, mut guest) = io::duplex(256);
-        let named = tokio::spawn(async move { announce_stdio(&mut host, "web/stdin").await });
+        announce_stdio(&mut host, "web/stdin").await.unwrap();
         assert_eq!(announced(&mut guest).await.unwrap(), STDIO);
         assert_eq!(stdio_key(&mut guest).await.unwrap(), "web/stdin");
         acknowledge_stdio(&mut guest).await.unwrap();
-        named.await.unwrap().unwrap();
+        await_hold(&mut host).await.unwrap();
+        guest.write_u8(HELD + 1).await.unwrap();
+        assert_eq!(await_hold(&mut host).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]

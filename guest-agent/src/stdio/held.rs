@@ -1,4 +1,4 @@
-//! Streams that the host has opened and not yet named in a request.
+//! Streams that the host has opened and not yet named in a request, and those that a request has named before they came.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use super::Stream;
 use crate::sync::lock;
@@ -13,7 +14,7 @@ use crate::sync::lock;
 /// How many streams may wait: as many as the host can open, since each of many processes at once waits for its last.
 const MAX_HELD: usize = 1024;
 
-/// How long a stream may wait.
+/// How long a stream may wait, and how long for one.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A key that stands for no stream.
@@ -25,10 +26,22 @@ pub(crate) struct NotHeld(String);
 pub(crate) struct HeldStreams<S = Stream>(Arc<Mutex<State<S>>>);
 
 struct State<S> {
-    /// Each arrives when the host has been told that it is held.
-    streams: HashMap<String, (u64, oneshot::Receiver<S>)>,
-    /// Tells a stream from a later one with the same key.
+    places: HashMap<String, (u64, Place<S>)>,
+    /// Tells a place from a later one with the same key.
     serial: u64,
+}
+
+enum Place<S> {
+    /// It arrives when the host has been told that it is held.
+    Stream(oneshot::Receiver<S>),
+    /// A request waits for the place of one.
+    Wanted(oneshot::Sender<oneshot::Receiver<S>>),
+}
+
+enum Found<S> {
+    Stream(oneshot::Receiver<S>),
+    /// The number of the place, and where a stream for it is told.
+    Awaited(u64, oneshot::Receiver<oneshot::Receiver<S>>),
 }
 
 impl<S> Clone for HeldStreams<S> {
@@ -39,7 +52,20 @@ impl<S> Clone for HeldStreams<S> {
 
 impl<S> Default for HeldStreams<S> {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(State { streams: HashMap::new(), serial: 0 })))
+        Self(Arc::new(Mutex::new(State { places: HashMap::new(), serial: 0 })))
+    }
+}
+
+impl<S> State<S> {
+    /// Puts something under a key that nothing is under, if there is room: its number.
+    fn insert(&mut self, key: &str, place: Place<S>) -> Option<u64> {
+        if self.places.len() >= MAX_HELD {
+            return None;
+        }
+        let Entry::Vacant(entry) = self.places.entry(key.to_owned()) else { return None };
+        self.serial += 1;
+        entry.insert((self.serial, place));
+        Some(self.serial)
     }
 }
 
@@ -48,35 +74,59 @@ impl<S: Send + 'static> HeldStreams<S> {
     pub(crate) fn reserve(&self, key: &str) -> Option<oneshot::Sender<S>> {
         let (place, arrival) = oneshot::channel();
         let mut state = lock(&self.0);
-        if state.streams.len() >= MAX_HELD {
-            return None;
+        if matches!(state.places.get(key), Some((_, Place::Wanted(_)))) {
+            let Some((_, Place::Wanted(wanted))) = state.places.remove(key) else { return None };
+            // Who wants it may have waited long enough.
+            return wanted.send(arrival).is_ok().then_some(place);
         }
-        state.serial += 1;
-        let serial = state.serial;
-        match state.streams.entry(key.to_owned()) {
-            Entry::Occupied(_) => return None,
-            Entry::Vacant(entry) => entry.insert((serial, arrival)),
-        };
+        let serial = state.insert(key, Place::Stream(arrival))?;
         drop(state);
         let (held, key) = (self.clone(), key.to_owned());
         tokio::spawn(async move {
             tokio::time::sleep(PATIENCE).await;
-            let mut state = lock(&held.0);
-            if state.streams.get(&key).is_some_and(|(other, _)| *other == serial) {
-                state.streams.remove(&key);
-            }
+            held.forget(&key, serial);
         });
         Some(place)
     }
 
-    /// Takes the stream with that key, and with the empty key none.
+    /// Takes the stream with that key, which may be on its way yet; with the empty key none.
     pub(crate) async fn take(&self, key: &str) -> Result<Option<S>, NotHeld> {
         if key.is_empty() {
             return Ok(None);
         }
-        let held = lock(&self.0).streams.remove(key);
-        let (_, arrival) = held.ok_or_else(|| NotHeld(key.to_owned()))?;
-        arrival.await.map(Some).map_err(|_| NotHeld(key.to_owned()))
+        let arrived = match self.find(key)? {
+            Found::Stream(arrival) => arrival.await.ok(),
+            Found::Awaited(serial, place) => {
+                let arrived = timeout(PATIENCE, async { place.await.ok()?.await.ok() }).await;
+                self.forget(key, serial);
+                arrived.ok().flatten()
+            }
+        };
+        arrived.map(Some).ok_or_else(|| NotHeld(key.to_owned()))
+    }
+
+    /// What is there of a stream, or where to wait for it.
+    fn find(&self, key: &str) -> Result<Found<S>, NotHeld> {
+        let mut state = lock(&self.0);
+        match state.places.remove(key) {
+            Some((_, Place::Stream(arrival))) => Ok(Found::Stream(arrival)),
+            Some(wanted) => {
+                state.places.insert(key.to_owned(), wanted);
+                Err(NotHeld(key.to_owned()))
+            }
+            None => {
+                let (wanted, place) = oneshot::channel();
+                let serial = state.insert(key, Place::Wanted(wanted)).ok_or_else(|| NotHeld(key.to_owned()))?;
+                Ok(Found::Awaited(serial, place))
+            }
+        }
+    }
+
+    fn forget(&self, key: &str, serial: u64) {
+        let mut state = lock(&self.0);
+        if state.places.get(key).is_some_and(|(other, _)| *other == serial) {
+            state.places.remove(key);
+        }
     }
 }
 
@@ -108,6 +158,23 @@ mod tests {
         let _place = held.reserve("0").unwrap();
         assert!(held.take("1").await.is_err());
         assert!(held.reserve("0").is_none());
+        let _last = held.reserve("last").unwrap();
+        assert!(held.take("another").await.is_err(), "there is no room to wait");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_may_be_faster_than_its_stream() {
+        let held = HeldStreams::<u8>::default();
+        let arrival = async {
+            tokio::time::sleep(PATIENCE / 2).await;
+            assert!(held.take("a").await.is_err(), "it is waited for already");
+            held.reserve("a").unwrap().send(1).unwrap();
+        };
+        let (taken, ()) = tokio::join!(held.take("a"), arrival);
+        assert_eq!(taken.unwrap(), Some(1));
+        assert!(held.take("a").await.is_err(), "it does not come");
+        held.reserve("a").unwrap().send(2).unwrap();
+        assert_eq!(held.take("a").await.unwrap(), Some(2));
     }
 
     #[tokio::test]

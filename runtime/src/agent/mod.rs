@@ -5,9 +5,10 @@
 pub mod preserved;
 mod splice;
 mod stdio;
+mod streams;
 mod tunnel;
 
-use std::future::Future;
+use std::future::{Future, ready};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -16,6 +17,7 @@ use runvm_protocol::agent::{self as wire, ProcessRequest};
 use runvm_protocol::agent_ttrpc::AgentClient;
 use runvm_protocol::ports;
 use thiserror::Error;
+use tokio::sync::watch;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context};
 
@@ -24,6 +26,7 @@ use crate::log;
 use crate::vmm::{ByteStream, Channel};
 
 pub use stdio::{Descriptors, Relay, RunningRelay, Sink, Source};
+pub use streams::{Plan, Streams};
 pub use tunnel::{MonitorSocket, Tunnel};
 
 /// How long a guest may take for an answer, except to the question when a process ends.
@@ -129,11 +132,11 @@ impl Agent {
         open(&*self.channel, port).await
     }
 
-    /// Opens a stream that a later request names by `key`.
+    /// Opens a stream that a request names by `key`.
     ///
     /// # Errors
-    /// [`AgentError::Channel`]; [`AgentError::Silent`] where the agent does not take it in time.
-    pub async fn open_stdio(&self, key: &str) -> Result<ByteStream> {
+    /// [`AgentError::Channel`]; [`AgentError::Silent`] where the way to the agent does not take it in time.
+    async fn open_stdio(&self, key: &str) -> Result<ByteStream> {
         let opening = async {
             let mut stream = self.channel.open().await.map_err(AgentError::Channel)?;
             ports::announce_stdio(&mut stream, key).await.map_err(AgentError::Channel)?;
@@ -159,47 +162,39 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn set_clock(&self) -> Result<()> {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let realtime_ns = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-        let request = wire::SetClockRequest { realtime_ns, ..Default::default() };
+        let request = wire::SetClockRequest { realtime_ns: realtime_ns(), ..Default::default() };
         ask("SetClock", self.client.set_clock(unlimited(), &request)).await.map(drop)
     }
 
-    /// Sets up the guest's network.
+    /// Sets up the guest's network, of an agent that need not listen yet.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn configure_network(&self, request: wire::ConfigureNetworkRequest) -> Result<()> {
-        ask("ConfigureNetwork", self.client.configure_network(unlimited(), &request)).await.map(drop)
+    pub async fn configure_network(&self, request: wire::ConfigureNetworkRequest, listens: Listening) -> Result<()> {
+        let configured = async {
+            self.client.configure_network(unlimited(), &request).await.map_err(AgentError::from_ttrpc).map(drop)
+        };
+        within("ConfigureNetwork", listens.here(), configured).await
     }
 
-    /// Creates a container up to the point where only its program is left to run; the joined streams of its first process.
-    /// What it shares it shares with the container `sandbox`, or where there is none with the guest.
+    /// Creates a container up to the point where only its program is left to run; the streams of its first process. The
+    /// agent need not listen yet: its answers are waited for, with a bound, once it does.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn make_container(
-        &self,
-        id: &str,
-        guest: &GuestSpec,
-        sandbox: Option<&str>,
-        descriptors: Descriptors,
-    ) -> Result<Relay> {
-        let spec = serde_json::to_vec(&guest.spec).map_err(|error| AgentError::Channel(error.into()))?;
+    pub async fn create_container(&self, creation: &Creation, listens: Listening) -> Result<Streams> {
         // Not the ID, which may be longer than a key.
         let key = format!("init-{}", log::monotonic_us());
-        let (relay, stdio) = Relay::open(self, &key, descriptors, false).await?;
-        let request = wire::CreateContainerRequest {
-            container_id: id.to_owned(),
-            spec,
-            stdio: Some(stdio).into(),
-            shared_namespaces: guest.shared_namespaces.iter().map(ToString::to_string).collect(),
-            sandbox_id: sandbox.unwrap_or_default().to_owned(),
-            shared_memory: guest.shared_memory.unwrap_or_default(),
-            ..Default::default()
+        let (mut streams, stdio) = Streams::open(self, &key, &creation.plan).await?;
+        let request = wire::CreateContainerRequest { stdio: Some(stdio).into(), ..creation.request.clone() };
+        let created = async {
+            self.client.create_container(unlimited(), &request).await.map_err(AgentError::from_ttrpc).map(drop)
         };
-        ask("CreateContainer", self.client.create_container(unlimited(), &request)).await?;
-        Ok(relay)
+        tokio::try_join!(
+            within("CreateContainer", listens.clone().here(), created),
+            within("stdio", listens.here(), streams.held())
+        )?;
+        Ok(streams)
     }
 
     /// Runs a created container's program.
@@ -279,12 +274,16 @@ impl Agent {
         self.client.await_out_of_memory(unlimited(), &request).await.map_err(AgentError::from_ttrpc)
     }
 
-    /// Runs a further process in a container.
+    /// Runs a further process in a container; its streams, by which `key` tells them from any other's.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn exec_process(&self, request: wire::ExecProcessRequest) -> Result<()> {
-        ask("ExecProcess", self.client.exec_process(unlimited(), &request)).await.map(drop)
+    pub async fn exec_process(&self, request: wire::ExecProcessRequest, key: &str, plan: &Plan) -> Result<Streams> {
+        let (mut streams, stdio) = Streams::open(self, key, plan).await?;
+        let request = wire::ExecProcessRequest { stdio: Some(stdio).into(), ..request };
+        let running = ask("ExecProcess", self.client.exec_process(unlimited(), &request));
+        tokio::try_join!(running, within("stdio", ready(()), streams.held()))?;
+        Ok(streams)
     }
 
     /// Sends a signal to a process: the container's first one where `exec_id` is empty; to every process of the
@@ -333,6 +332,60 @@ impl Agent {
     }
 }
 
+/// The host's time, in nanoseconds since the Unix epoch.
+pub fn realtime_ns() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What a container is made of, to be asked of any agent.
+#[derive(Clone, Debug)]
+pub struct Creation {
+    request: wire::CreateContainerRequest,
+    plan: Plan,
+}
+
+impl Creation {
+    /// What it shares it shares with the container `sandbox`, or where there is none with the guest.
+    ///
+    /// # Errors
+    /// [`AgentError::Channel`] where the container cannot be told of.
+    pub fn new(id: &str, guest: &GuestSpec, sandbox: Option<&str>, plan: Plan) -> Result<Self> {
+        let spec = serde_json::to_vec(&guest.spec).map_err(|error| AgentError::Channel(error.into()))?;
+        let request = wire::CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec,
+            shared_namespaces: guest.shared_namespaces.iter().map(ToString::to_string).collect(),
+            sandbox_id: sandbox.unwrap_or_default().to_owned(),
+            shared_memory: guest.shared_memory.unwrap_or_default(),
+            ..Default::default()
+        };
+        Ok(Self { request, plan })
+    }
+}
+
+/// Whether an agent has shown that it listens.
+#[derive(Clone)]
+pub struct Listening(watch::Receiver<bool>);
+
+impl Listening {
+    /// It does not yet; who finds out says so by the sender.
+    pub fn not_yet() -> (watch::Sender<bool>, Self) {
+        let (sender, receiver) = watch::channel(false);
+        (sender, Self(receiver))
+    }
+
+    /// It does.
+    pub fn already() -> Self {
+        Self(watch::channel(true).1)
+    }
+
+    /// Returns once it does, or nobody will find out.
+    pub async fn here(mut self) {
+        let _ = self.0.wait_for(|listens| *listens).await;
+    }
+}
+
 fn container(id: &str) -> wire::ContainerRequest {
     wire::ContainerRequest { container_id: id.to_owned(), ..Default::default() }
 }
@@ -343,9 +396,23 @@ fn unlimited() -> Context {
 }
 
 async fn ask<T>(request: &'static str, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
-    match tokio::time::timeout(ANSWER_LIMIT, answer).await {
-        Ok(answer) => answer.map_err(AgentError::from_ttrpc),
-        Err(_) => Err(AgentError::Silent { request }),
+    within(request, ready(()), async { answer.await.map_err(AgentError::from_ttrpc) }).await
+}
+
+/// Waits for an answer, from a moment on only so long.
+async fn within<T>(
+    request: &'static str,
+    moment: impl Future<Output = ()>,
+    answer: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let overdue = async {
+        moment.await;
+        tokio::time::sleep(ANSWER_LIMIT).await;
+    };
+    tokio::select! {
+        biased;
+        answer = answer => answer,
+        () = overdue => Err(AgentError::Silent { request }),
     }
 }
 

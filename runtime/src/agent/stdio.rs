@@ -4,7 +4,6 @@ use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use runvm_protocol::agent as wire;
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixStream;
@@ -14,7 +13,8 @@ use tokio::task::JoinSet;
 
 use super::preserved::Preserved;
 use super::splice::{self, Progress};
-use super::{ANSWER_LIMIT, Agent, AgentError, Output};
+use super::streams::Streams;
+use super::{ANSWER_LIMIT, Output};
 use crate::host::terminal::{self, Size};
 use crate::vmm::ByteStream;
 
@@ -125,64 +125,22 @@ pub struct Relay {
 /// An end on the host and the stream that it is joined to.
 type Joined<End> = (End, ByteStream);
 
-/// What there may be of an end and its stream, and the stream's key, which is empty where there is none.
-struct Joint<End> {
-    joined: Option<Joined<End>>,
-    key: String,
-}
-
-async fn join<End>(agent: &Agent, end: Option<End>, key: String) -> Result<Joint<End>, AgentError> {
-    let Some(end) = end else { return Ok(Joint { joined: None, key: String::new() }) };
-    let stream = agent.open_stdio(&key).await?;
-    Ok(Joint { joined: Some((end, stream)), key })
-}
-
 impl Relay {
-    /// Opens the streams of a process; `key` tells its streams from any other's. The answer names them to the agent.
-    ///
-    /// # Errors
-    /// [`AgentError`].
-    pub async fn open(
-        agent: &Agent,
-        key: &str,
-        descriptors: Descriptors,
-        lifeline: bool,
-    ) -> Result<(Self, wire::Stdio), AgentError> {
-        let (stdin, stdout, stderr, lifeline) = tokio::try_join!(
-            join(agent, descriptors.stdin, format!("{key}/stdin")),
-            join(agent, descriptors.stdout, format!("{key}/stdout")),
-            join(agent, descriptors.stderr, format!("{key}/stderr")),
-            join(agent, lifeline.then_some(()), format!("{key}/life")),
-        )?;
-        let (mut inputs, mut outputs, mut preserved) = (Vec::new(), Vec::new(), Vec::new());
-        for (index, Preserved { source, sink }) in descriptors.preserved.into_iter().enumerate() {
-            let (input, output) = tokio::try_join!(
-                join(agent, source, format!("{key}/in/{index}")),
-                join(agent, sink, format!("{key}/out/{index}")),
-            )?;
-            inputs.extend(input.joined);
-            outputs.extend(output.joined);
-            preserved.push(wire::Preserved { input: input.key, output: output.key, ..Default::default() });
+    /// Joins what is there of both.
+    pub(super) fn join(descriptors: Descriptors, streams: Streams) -> Self {
+        let mut relay = Self {
+            stdin: descriptors.stdin.zip(streams.stdin),
+            stdout: descriptors.stdout.zip(streams.stdout),
+            stderr: descriptors.stderr.zip(streams.stderr),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            lifeline: streams.lifeline,
+        };
+        for (Preserved { source, sink }, (input, output)) in descriptors.preserved.into_iter().zip(streams.preserved) {
+            relay.inputs.extend(source.zip(input));
+            relay.outputs.extend(sink.zip(output));
         }
-        let named = wire::Stdio {
-            terminal_rows: descriptors.size.rows.into(),
-            terminal_columns: descriptors.size.columns.into(),
-            stdin: stdin.key,
-            stdout: stdout.key,
-            stderr: stderr.key,
-            lifeline: lifeline.key,
-            preserved,
-            ..Default::default()
-        };
-        let relay = Self {
-            stdin: stdin.joined,
-            stdout: stdout.joined,
-            stderr: stderr.joined,
-            inputs,
-            outputs,
-            lifeline: lifeline.joined.map(|((), stream)| stream),
-        };
-        Ok((relay, named))
+        relay
     }
 
     /// Begins to move bytes.

@@ -8,7 +8,7 @@ use oci_spec::runtime::{Capability, LinuxCapabilities, Process as OciProcess, Us
 use runvm_protocol::{PRESERVED_FIRST, agent as wire};
 use rustix::process::setsid;
 
-use crate::agent::{Agent, AgentError, Descriptors, Exit, Relay, preserved};
+use crate::agent::{Agent, AgentError, Descriptors, Exit, Plan, Relay, preserved};
 use crate::bundle::Bundle;
 use crate::error::{Error, Result, sentence};
 use crate::host::process::ProcessIdentity;
@@ -234,19 +234,17 @@ pub async fn start_process(
 ) -> Result<Relay> {
     // Not the ID, which may be longer than a key.
     let key = format!("exec-{}-{}", std::process::id(), crate::log::monotonic_us());
-    let (relay, stdio) = Relay::open(&place.agent, &key, descriptors, lifeline).await?;
     let mut process = process.clone();
     process.set_apparmor_profile(None).set_selinux_label(None);
     let request = wire::ExecProcessRequest {
         container_id: place.container_id.clone(),
         exec_id: place.exec_id.clone(),
         process: serde_json::to_vec(&process).map_err(Error::system("write the process"))?,
-        stdio: Some(stdio).into(),
         cgroup: cgroup.to_owned(),
         ..Default::default()
     };
-    place.agent.exec_process(request).await?;
-    Ok(relay)
+    let plan = Plan::of(&descriptors).with_lifeline(lifeline);
+    Ok(place.agent.exec_process(request, &key, &plan).await?.join(descriptors))
 }
 
 /// The process that stands for one exec: the PID that engines are told. It ends with the exec's status, and the exec with it.

@@ -16,7 +16,7 @@ use std::path::Path;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use tokio::runtime::Runtime;
 
-use crate::agent::{Agent, Descriptors, Exit, MonitorSocket, Tunnel};
+use crate::agent::{Agent, Creation, Descriptors, Exit, MonitorSocket, Plan, Tunnel};
 use crate::bundle::{Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
 use crate::host::cgroup::Cgroup;
@@ -149,6 +149,12 @@ async fn run(
 ) -> Result<u8> {
     let Streams { terminal, preserved } = streams;
     let Charge { bundle, guest, globals, .. } = charge;
+    let descriptors = match &terminal {
+        Some(slave) => Descriptors::terminal(slave),
+        None => Descriptors::inherited(bundle.terminal()),
+    };
+    let descriptors = descriptors.and_then(|descriptors| descriptors.with(preserved));
+    let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
     let config = Config {
         vm: globals.vm.clone(),
         size: Size::of(&bundle.spec),
@@ -158,16 +164,11 @@ async fn run(
         log: globals.log.clone(),
         console: globals.guest_console.clone(),
         cgroup: None,
+        first: Some(Creation::new(charge.id, guest, None, Plan::of(&descriptors))?),
     };
     let mut sandbox = Sandbox::boot(config, blank).await?;
-    let descriptors = match &terminal {
-        Some(slave) => Descriptors::terminal(slave),
-        None => Descriptors::inherited(bundle.terminal()),
-    };
-    let descriptors = descriptors.and_then(|descriptors| descriptors.with(preserved));
-    let descriptors = descriptors.map_err(Error::system("duplicate the stdio"))?;
-    let relay = match sandbox.agent.make_container(charge.id, guest, None, descriptors).await {
-        Ok(relay) => relay,
+    let relay = match sandbox.begun().await {
+        Ok(streams) => streams.join(descriptors),
         Err(error) => return Err(sandbox.explain(error).await.into()),
     };
     let listener = MonitorSocket::of(charge.folder).listen().map_err(Error::system("listen for the verbs"))?;

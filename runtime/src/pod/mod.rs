@@ -14,7 +14,7 @@ use std::time::Duration;
 use oci_spec::runtime::{Hook, Hooks, LinuxMemory, Spec};
 use tokio::sync::{Notify, watch};
 
-use crate::agent::{Agent, AgentError, Descriptors, Relay};
+use crate::agent::{Agent, AgentError, Creation, Descriptors, Listening, Plan, Relay, Streams};
 use crate::bundle::{self, Bundle, GuestSpec, Membership, NetworkNamespace};
 use crate::error::{Error, Result, sentence};
 use crate::host::cgroup::{self, Cgroup};
@@ -101,12 +101,14 @@ impl Pod {
         let (places, exports) = table.enter(&mut guest);
         let cgroup = Arc::new(Cgroup::create(&bundle.spec, id, size.memory)?);
         let member = Member::new(bundle, places);
+        let plan = Plan::of(&descriptors);
         let booted = async {
             namespace::take_up(&bundle.network_namespace()).await.map_err(SandboxError::from)?;
             member.run_creating_hooks(id).await?;
-            boot(options, size, &cgroup, exports, bundle.spec.hostname().clone()).await
+            let first = Creation::new(id, &guest, None, plan).map_err(SandboxError::from)?;
+            boot(options, size, &cgroup, exports, bundle.spec.hostname().clone(), Some(first)).await
         };
-        let sandbox = remove_after_failure(&cgroup, booted.await)?;
+        let (sandbox, streams) = remove_after_failure(&cgroup, booted.await)?;
         let pod = Self::around(
             sandbox,
             cgroup,
@@ -115,16 +117,8 @@ impl Pod {
             Some(id.to_owned()).filter(|_| membership == Membership::Sandbox),
         )
         .await?;
-        match pod.make(id, &guest, None, descriptors).await {
-            Ok(relay) => {
-                pod.remember(id, member);
-                Ok((pod, relay))
-            }
-            Err(error) => {
-                pod.end().await;
-                Err(error)
-            }
-        }
+        pod.remember(id, member);
+        Ok((pod, streams.join(descriptors)))
     }
 
     /// Boots a VM without a container. The calling thread is put into the network namespace as by [`Self::boot`].
@@ -135,9 +129,9 @@ impl Pod {
         let cgroup = Arc::new(Cgroup::create_below(&empty.cgroup_parent, id)?);
         let booted = async {
             namespace::take_up(&empty.network).await.map_err(SandboxError::from)?;
-            boot(options, empty.size, &cgroup, Vec::new(), Some(empty.hostname)).await
+            boot(options, empty.size, &cgroup, Vec::new(), Some(empty.hostname), None).await
         };
-        let sandbox = remove_after_failure(&cgroup, booted.await)?;
+        let (sandbox, _) = remove_after_failure(&cgroup, booted.await)?;
         Self::around(sandbox, cgroup, empty.size, Table::default(), None).await
     }
 
@@ -217,8 +211,13 @@ impl Pod {
         sandbox: Option<&str>,
         descriptors: Descriptors,
     ) -> Result<Relay> {
-        match self.agent.make_container(id, guest, sandbox, descriptors).await {
-            Ok(relay) => Ok(relay),
+        let plan = Plan::of(&descriptors);
+        let created = async {
+            let creation = Creation::new(id, guest, sandbox, plan)?;
+            self.agent.create_container(&creation, Listening::already()).await
+        };
+        match created.await {
+            Ok(streams) => Ok(streams.join(descriptors)),
             Err(error) => Err(self.explain(error).await),
         }
     }
@@ -384,7 +383,8 @@ async fn boot(
     cgroup: &Arc<Cgroup>,
     exports: Vec<Export>,
     hostname: Option<String>,
-) -> Result<Sandbox> {
+    first: Option<Creation>,
+) -> Result<(Sandbox, Streams)> {
     let config = Config {
         vm: options.vm.clone(),
         size,
@@ -394,8 +394,19 @@ async fn boot(
         log: options.log.clone(),
         console: options.console.clone(),
         cgroup: Some(cgroup.clone()),
+        first,
     };
-    Ok(Sandbox::boot(config, None).await?)
+    let mut sandbox = Sandbox::boot(config, None).await?;
+    match sandbox.begun().await {
+        Ok(streams) => Ok((sandbox, streams)),
+        Err(error) => {
+            let error = sandbox.explain(error).await;
+            if let Err(panic) = tokio::task::spawn_blocking(move || sandbox.end()).await {
+                tracing::warn!("the VM's end is not waited for: {panic}");
+            }
+            Err(error.into())
+        }
+    }
 }
 
 fn remove_after_failure<T>(cgroup: &Cgroup, outcome: Result<T>) -> Result<T> {

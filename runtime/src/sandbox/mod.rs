@@ -4,6 +4,7 @@ pub mod guest_log;
 mod size;
 
 use std::future::{pending, poll_fn};
+use std::io;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,8 +16,9 @@ use runvm_protocol::agent as wire;
 use runvm_protocol::{SHARE_MOUNT_POINT, SHARE_TAG, ports};
 use thiserror::Error;
 use tokio::sync::{Mutex, oneshot};
+use tokio::task::JoinSet;
 
-use crate::agent::{Agent, AgentError};
+use crate::agent::{self, Agent, AgentError, Creation, Listening, Streams};
 use crate::error::sentence;
 use crate::host::cgroup::Cgroup;
 use crate::host::process::ProcessIdentity;
@@ -89,6 +91,8 @@ pub struct Config {
     pub console: Option<PathBuf>,
     /// The cgroup of the VM's processes, where that is not this process's own.
     pub cgroup: Option<Arc<Cgroup>>,
+    /// The container that it is made for.
+    pub first: Option<Creation>,
 }
 
 /// A booted VM whose agent answers.
@@ -98,11 +102,13 @@ pub struct Sandbox {
     pub agent: Agent,
     /// For the interfaces that come after the boot.
     pub late_network: Arc<LateNetwork>,
+    /// What was asked for before the guest was there. It ends with this.
+    begun: JoinSet<Result<Streams, AgentError>>,
 }
 
 impl Sandbox {
     /// Boots a VM, in a process that has begun if there is one. It must be called in the container's network namespace, whose
-    /// interfaces are handed on.
+    /// interfaces are handed on. [`Self::begun`] has to follow, also where there is no first container.
     ///
     /// # Errors
     /// [`SandboxError`]; then nothing of the VM is left.
@@ -205,9 +211,19 @@ impl Sandbox {
             vm => vm?,
         };
         let limit = if vm.template.is_some() { FORK_LIMIT } else { BOOT_LIMIT };
-        let configured = tokio::select! {
-            waited = tokio::time::timeout(limit, configured.as_mut()) => waited.ok().and_then(|()| configured.take_output()),
-            reason = vm.ended() => Some(Err(SandboxError::Boot { accelerator, reason })),
+        let ended = tokio::select! {
+            biased;
+            _ = tokio::time::timeout(limit, configured.as_mut()) => None,
+            reason = vm.ended() => {
+                // It may have answered before.
+                let _ = tokio::time::timeout(END_NOTICE, configured.as_mut()).await;
+                Some(reason)
+            }
+        };
+        let configured = match (configured.take_output(), ended) {
+            (Some(Ok(configured)), _) => Some(Ok(configured)),
+            (_, Some(reason)) => Some(Err(SandboxError::Boot { accelerator, reason })),
+            (configured, None) => configured,
         };
         let reason = match configured {
             Some(Err(SandboxError::Boot { reason, .. })) => reason,
@@ -217,8 +233,8 @@ impl Sandbox {
                     Err(_) => "its agent closed the channel".to_owned(),
                 }
             }
-            Some(agent) => {
-                let agent = agent?;
+            Some(configured) => {
+                let (agent, begun) = configured?;
                 log::stage("guest ready");
                 probe::proved(accelerator);
                 let late_network = LateNetwork {
@@ -226,7 +242,7 @@ impl Sandbox {
                     spares: Mutex::new(spares),
                     whereabouts: vm.spare_nics.clone(),
                 };
-                return Ok(Self { agent, vm, late_network: Arc::new(late_network) });
+                return Ok(Self { agent, vm, late_network: Arc::new(late_network), begun });
             }
             None => silent(limit),
         };
@@ -234,6 +250,19 @@ impl Sandbox {
             Some(key) => VmmError::from(TemplateError::Useless { key, reason }).into(),
             None => SandboxError::Boot { accelerator, reason },
         })
+    }
+
+    /// Waits until all is done that was begun before the guest was there: its clock tells the time, and its first container
+    /// is created, whose streams these are. Without one there are none.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn begun(&mut self) -> Result<Streams, AgentError> {
+        match self.begun.join_next().await {
+            Some(Ok(done)) => done,
+            Some(Err(error)) => Err(AgentError::Channel(io::Error::other(error))),
+            None => Ok(Streams::default()),
+        }
     }
 
     /// The processes that make up the VM.
@@ -321,15 +350,20 @@ impl LateNetwork {
         for (interface, whereabouts) in request.interfaces.iter_mut().zip(&self.whereabouts) {
             interface.whereabouts.clone_from(whereabouts);
         }
-        connect(&self.agent, &network, request).await?;
+        connect(&self.agent, &network, request, Listening::already()).await?;
         *spares = Spares::default();
         Ok(())
     }
 }
 
 /// Has a guest use the network that it was given.
-async fn connect(agent: &Agent, network: &Network, request: wire::ConfigureNetworkRequest) -> Result<(), AgentError> {
-    agent.configure_network(request).await?;
+async fn connect(
+    agent: &Agent,
+    network: &Network,
+    request: wire::ConfigureNetworkRequest,
+    listens: Listening,
+) -> Result<(), AgentError> {
+    agent.configure_network(request, listens).await?;
     if network.resolver {
         let stream = agent.open(ports::DNS).await?;
         tokio::spawn(async move {
@@ -341,31 +375,64 @@ async fn connect(agent: &Agent, network: &Network, request: wire::ConfigureNetwo
     Ok(())
 }
 
-/// The agent's first answers.
-async fn configure(config: &Config, network: &Network, channel: Arc<dyn Channel>) -> Result<Agent, SandboxError> {
+/// Asks the agent for all that a start takes, and has its first answers. It does one after the other, so that nothing
+/// waits for an answer to come out of the guest and the next request to go in. What takes longer than they is begun.
+async fn configure(
+    config: &Config,
+    network: &Network,
+    channel: Arc<dyn Channel>,
+) -> Result<(Agent, JoinSet<Result<Streams, AgentError>>), SandboxError> {
     let agent = Agent::connect(channel).await?;
+    let (listens, listening) = Listening::not_yet();
+    let request = sandbox_request(config)?;
+    let sandbox = async {
+        agent.configure_sandbox(request).await?;
+        log::stage("agent answers");
+        // Everybody who waits for it may have given up.
+        let _ = listens.send(true);
+        tokio::spawn(guest_log::pass_on(agent.open(ports::LOG).await?));
+        Ok(())
+    };
+    let network = connect(&agent, network, network.into(), listening.clone());
+    let mut begun = JoinSet::new();
+    begun.spawn(begin(agent.clone(), config.first.clone(), listening));
+    tokio::try_join!(sandbox, network)?;
+    Ok((agent, begun))
+}
+
+/// Sets the clock of an agent that listens, and has it make its first container.
+async fn begin(agent: Agent, first: Option<Creation>, listening: Listening) -> Result<Streams, AgentError> {
+    let clock = async {
+        listening.clone().here().await;
+        agent.set_clock().await
+    };
+    let created = async {
+        match &first {
+            Some(creation) => agent.create_container(creation, listening.clone()).await,
+            None => Ok(Streams::default()),
+        }
+    };
+    tokio::try_join!(clock, created).map(|((), streams)| streams)
+}
+
+fn sandbox_request(config: &Config) -> Result<wire::ConfigureSandboxRequest, AgentError> {
     let mut entropy = vec![0; ENTROPY];
     rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| AgentError::Channel(error.into()))?;
     let IdMappings { uids, gids } = config.user_namespace.clone().unwrap_or_default();
-    agent
-        .configure_sandbox(wire::ConfigureSandboxRequest {
-            hostname: config.hostname.clone(),
-            entropy,
-            shares: vec![wire::Share {
-                tag: SHARE_TAG.to_owned(),
-                mount_point: SHARE_MOUNT_POINT.to_owned(),
-                ..Default::default()
-            }],
-            uid_mappings: uids.iter().map(id_mapping).collect(),
-            gid_mappings: gids.iter().map(id_mapping).collect(),
+    Ok(wire::ConfigureSandboxRequest {
+        hostname: config.hostname.clone(),
+        entropy,
+        shares: vec![wire::Share {
+            tag: SHARE_TAG.to_owned(),
+            mount_point: SHARE_MOUNT_POINT.to_owned(),
             ..Default::default()
-        })
-        .await?;
-    log::stage("agent answers");
-    tokio::spawn(guest_log::pass_on(agent.open(ports::LOG).await?));
-    tokio::try_join!(agent.set_clock(), connect(&agent, network, network.into()))?;
-    Ok(agent)
+        }],
+        uid_mappings: uids.iter().map(id_mapping).collect(),
+        gid_mappings: gids.iter().map(id_mapping).collect(),
+        realtime_ns: agent::realtime_ns(),
+        ..Default::default()
+    })
 }
 
 fn id_mapping(mapping: &LinuxIdMapping) -> wire::IdMapping {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arbitrary::{Result, Unstructured};
-use runvm::agent::{Agent, AgentError, Descriptors};
+use runvm::agent::{Agent, AgentError, Creation, Descriptors, Listening, Plan};
 use runvm::bundle::GuestSpec;
 use runvm::sandbox::guest_log;
 use runvm::vmm::{ByteStream, Channel};
@@ -78,10 +78,17 @@ async fn agent(guest: Guest) {
 async fn live(agent: &Agent) -> std::result::Result<(), AgentError> {
     // Its bound is the caller's.
     let boot = Duration::from_secs(60);
-    let booted = timeout(boot, agent.configure_sandbox(wire::ConfigureSandboxRequest::default()));
-    booted.await.unwrap_or(Ok(()))?;
+    let (listens, listening) = Listening::not_yet();
+    let configured = async {
+        let request = wire::ConfigureSandboxRequest::default();
+        timeout(boot, agent.configure_sandbox(request)).await.unwrap_or(Ok(()))?;
+        let _ = listens.send(true);
+        Ok(())
+    };
     let descriptors = descriptors().map_err(AgentError::Channel)?;
-    let relay = agent.make_container("id", &GuestSpec::default(), None, descriptors).await?;
+    let creation = Creation::new("id", &GuestSpec::default(), None, Plan::of(&descriptors))?;
+    let ((), streams) = tokio::try_join!(configured, agent.create_container(&creation, listening))?;
+    let relay = streams.join(descriptors);
     agent.start_container("id").await?;
     let relay = relay.start();
     let ended = timeout(boot, agent.wait_process("id", ""));
