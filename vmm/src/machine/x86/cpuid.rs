@@ -14,8 +14,6 @@ const DESCRIPTORS: u32 = 2;
 const ELSEWHERE: u8 = 0xff;
 const CACHES: u32 = 4;
 const XSTATE: u32 = 0xd;
-/// What leaf 0xd, 1 has besides XSAVEC and XSAVES: XSAVEOPT, and XGETBV of 1.
-const UNCOMPACTED: u32 = 1 | 1 << 2;
 
 /// The entries for the processor with this index, of `vcpus`: each is a core of its own, in one socket.
 ///
@@ -35,17 +33,15 @@ pub fn of(supported: &CpuId, index: u32, vcpus: u32) -> Result<CpuId, vmm_sys_ut
 /// Says the same in words that a C library understands with fewer questions: under PVM the answer to each is an exit of up to
 /// 33 µs, and each program begins with them.
 ///
-/// The compacted forms of XSAVE go, which the kernel of a PVM guest does without: with them a library asks for each of 30
-/// components how large it is. And leaf 2 has descriptors of the caches instead of the one that points to leaf 4, which a
+/// The further forms of XSAVE go, which the kernel of a PVM guest does without: with the compacted ones a library asks for each
+/// component how large it is. All go, as a KVM may add to what is said of them that programs can use the compacted ones, but
+/// not where nothing is said. And leaf 2 has descriptors of the caches instead of the one that points to leaf 4, which a
 /// library reads from its beginning for each of a dozen things that it wants to know.
 pub fn answer_briefly(supported: &mut CpuId) {
-    let descriptors = cache_descriptors(supported.as_slice());
-    for entry in supported.as_mut_slice() {
-        match (entry.function, entry.index, &descriptors) {
-            (XSTATE, 1, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (entry.eax & UNCOMPACTED, 0, 0, 0),
-            (DESCRIPTORS, _, Some(caches)) => describe_caches(entry, caches),
-            _ => {}
-        }
+    supported.retain(|entry| (entry.function, entry.index) != (XSTATE, 1));
+    let Some(caches) = cache_descriptors(supported.as_slice()) else { return };
+    for entry in supported.as_mut_slice().iter_mut().filter(|entry| entry.function == DESCRIPTORS) {
+        describe_caches(entry, &caches);
     }
 }
 
@@ -185,10 +181,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_hidden_of_xsave_is_its_compacted_forms() {
-        let sizes = [0xf, 576, 0, 0];
-        let entries = [0, 1, 2].map(|index| leaf(XSTATE, index, sizes));
-        assert_eq!(briefly(&entries), [sizes, [5, 0, 0, 0], sizes]);
+    fn what_is_hidden_of_xsave_is_its_further_forms() {
+        let entries = [0, 1, 2].map(|index| leaf(XSTATE, index, [index, 576, 0, 0]));
+        assert_eq!(briefly(&entries), [[0, 576, 0, 0], [2, 576, 0, 0]]);
     }
 
     #[test]
