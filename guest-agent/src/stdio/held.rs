@@ -1,7 +1,6 @@
 //! Streams that the host has opened and not yet named in a request, and those that a request has named before they came.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,14 +33,8 @@ struct State<S> {
 enum Place<S> {
     /// It arrives when the host has been told that it is held.
     Stream(oneshot::Receiver<S>),
-    /// A request waits for the place of one.
-    Wanted(oneshot::Sender<oneshot::Receiver<S>>),
-}
-
-enum Found<S> {
-    Stream(oneshot::Receiver<S>),
-    /// The number of the place, and where a stream for it is told.
-    Awaited(u64, oneshot::Receiver<oneshot::Receiver<S>>),
+    /// A request waits for one.
+    Wanted(oneshot::Sender<S>),
 }
 
 impl<S> Clone for HeldStreams<S> {
@@ -62,9 +55,8 @@ impl<S> State<S> {
         if self.places.len() >= MAX_HELD {
             return None;
         }
-        let Entry::Vacant(entry) = self.places.entry(key.to_owned()) else { return None };
         self.serial += 1;
-        entry.insert((self.serial, place));
+        self.places.insert(key.to_owned(), (self.serial, place));
         Some(self.serial)
     }
 }
@@ -72,13 +64,16 @@ impl<S> State<S> {
 impl<S: Send + 'static> HeldStreams<S> {
     /// Makes a place for a stream, if there is room and the key is not taken.
     pub(crate) fn reserve(&self, key: &str) -> Option<oneshot::Sender<S>> {
-        let (place, arrival) = oneshot::channel();
         let mut state = lock(&self.0);
-        if matches!(state.places.get(key), Some((_, Place::Wanted(_)))) {
-            let Some((_, Place::Wanted(wanted))) = state.places.remove(key) else { return None };
-            // Who wants it may have waited long enough.
-            return wanted.send(arrival).is_ok().then_some(place);
+        match state.places.remove(key) {
+            Some((_, Place::Wanted(place))) => return Some(place),
+            Some(held) => {
+                state.places.insert(key.to_owned(), held);
+                return None;
+            }
+            None => {}
         }
+        let (place, arrival) = oneshot::channel();
         let serial = state.insert(key, Place::Stream(arrival))?;
         drop(state);
         let (held, key) = (self.clone(), key.to_owned());
@@ -94,30 +89,24 @@ impl<S: Send + 'static> HeldStreams<S> {
         if key.is_empty() {
             return Ok(None);
         }
-        let arrived = match self.find(key)? {
-            Found::Stream(arrival) => arrival.await.ok(),
-            Found::Awaited(serial, place) => {
-                let arrived = timeout(PATIENCE, async { place.await.ok()?.await.ok() }).await;
-                self.forget(key, serial);
-                arrived.ok().flatten()
-            }
-        };
-        arrived.map(Some).ok_or_else(|| NotHeld(key.to_owned()))
+        let (serial, arrival) = self.find(key).ok_or_else(|| NotHeld(key.to_owned()))?;
+        let arrived = timeout(PATIENCE, arrival).await;
+        self.forget(key, serial);
+        arrived.ok().and_then(Result::ok).map(Some).ok_or_else(|| NotHeld(key.to_owned()))
     }
 
-    /// What is there of a stream, or where to wait for it.
-    fn find(&self, key: &str) -> Result<Found<S>, NotHeld> {
+    /// Where the stream with that key arrives, and the number of its place. Of two who want it the first has it.
+    fn find(&self, key: &str) -> Option<(u64, oneshot::Receiver<S>)> {
         let mut state = lock(&self.0);
         match state.places.remove(key) {
-            Some((_, Place::Stream(arrival))) => Ok(Found::Stream(arrival)),
+            Some((serial, Place::Stream(arrival))) => Some((serial, arrival)),
             Some(wanted) => {
                 state.places.insert(key.to_owned(), wanted);
-                Err(NotHeld(key.to_owned()))
+                None
             }
             None => {
-                let (wanted, place) = oneshot::channel();
-                let serial = state.insert(key, Place::Wanted(wanted)).ok_or_else(|| NotHeld(key.to_owned()))?;
-                Ok(Found::Awaited(serial, place))
+                let (place, arrival) = oneshot::channel();
+                Some((state.insert(key, Place::Wanted(place))?, arrival))
             }
         }
     }

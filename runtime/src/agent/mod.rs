@@ -142,10 +142,7 @@ impl Agent {
             ports::announce_stdio(&mut stream, key).await.map_err(AgentError::Channel)?;
             Ok(stream)
         };
-        match tokio::time::timeout(ANSWER_LIMIT, opening).await {
-            Ok(stream) => stream,
-            Err(_) => Err(AgentError::Silent { request: "stdio" }),
-        }
+        within("stdio", ready(()), opening).await
     }
 
     /// Prepares the guest; the first thing it is asked. The guest may still be booting: the bound is the caller's.
@@ -171,10 +168,8 @@ impl Agent {
     /// # Errors
     /// [`AgentError`].
     pub async fn configure_network(&self, request: wire::ConfigureNetworkRequest, listens: Listening) -> Result<()> {
-        let configured = async {
-            self.client.configure_network(unlimited(), &request).await.map_err(AgentError::from_ttrpc).map(drop)
-        };
-        within("ConfigureNetwork", listens.here(), configured).await
+        let configured = self.client.configure_network(unlimited(), &request);
+        ask_from("ConfigureNetwork", listens.here(), configured).await.map(drop)
     }
 
     /// Creates a container up to the point where only its program is left to run; the streams of its first process. The
@@ -187,11 +182,9 @@ impl Agent {
         let key = format!("init-{}", log::monotonic_us());
         let (mut streams, stdio) = Streams::open(self, &key, &creation.plan).await?;
         let request = wire::CreateContainerRequest { stdio: Some(stdio).into(), ..creation.request.clone() };
-        let created = async {
-            self.client.create_container(unlimited(), &request).await.map_err(AgentError::from_ttrpc).map(drop)
-        };
+        let created = self.client.create_container(unlimited(), &request);
         tokio::try_join!(
-            within("CreateContainer", listens.clone().here(), created),
+            ask_from("CreateContainer", listens.clone().here(), created),
             within("stdio", listens.here(), streams.held())
         )?;
         Ok(streams)
@@ -396,7 +389,16 @@ fn unlimited() -> Context {
 }
 
 async fn ask<T>(request: &'static str, answer: impl Future<Output = ttrpc::Result<T>>) -> Result<T> {
-    within(request, ready(()), async { answer.await.map_err(AgentError::from_ttrpc) }).await
+    ask_from(request, ready(()), answer).await
+}
+
+/// As [`ask`], for an answer that is waited for only so long from a moment on.
+async fn ask_from<T>(
+    request: &'static str,
+    moment: impl Future<Output = ()>,
+    answer: impl Future<Output = ttrpc::Result<T>>,
+) -> Result<T> {
+    within(request, moment, async { answer.await.map_err(AgentError::from_ttrpc) }).await
 }
 
 /// Waits for an answer, from a moment on only so long.

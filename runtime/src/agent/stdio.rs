@@ -126,8 +126,8 @@ pub struct Relay {
 type Joined<End> = (End, ByteStream);
 
 impl Relay {
-    /// Joins what is there of both.
-    pub(super) fn join(descriptors: Descriptors, streams: Streams) -> Self {
+    /// Joins streams to what they were opened for.
+    pub fn join(descriptors: Descriptors, streams: Streams) -> Self {
         let mut relay = Self {
             stdin: descriptors.stdin.zip(streams.stdin),
             stdout: descriptors.stdout.zip(streams.stdout),

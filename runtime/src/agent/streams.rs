@@ -4,7 +4,7 @@ use futures::future::try_join_all;
 use runvm_protocol::agent as wire;
 use runvm_protocol::ports;
 
-use super::stdio::{Descriptors, Relay};
+use super::stdio::Descriptors;
 use super::{Agent, AgentError};
 use crate::host::terminal::Size;
 use crate::vmm::ByteStream;
@@ -91,11 +91,6 @@ impl Streams {
         let preserved = self.preserved.iter_mut().flat_map(|(input, output)| [input, output]);
         let all = stdio.into_iter().chain(preserved).flatten();
         try_join_all(all.map(ports::await_hold)).await.map(drop).map_err(AgentError::Channel)
-    }
-
-    /// Joins them to what they were opened for.
-    pub fn join(self, descriptors: Descriptors) -> Relay {
-        Relay::join(descriptors, self)
     }
 }
 

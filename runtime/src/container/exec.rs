@@ -244,7 +244,8 @@ pub async fn start_process(
         ..Default::default()
     };
     let plan = Plan::of(&descriptors).with_lifeline(lifeline);
-    Ok(place.agent.exec_process(request, &key, &plan).await?.join(descriptors))
+    let streams = place.agent.exec_process(request, &key, &plan).await?;
+    Ok(Relay::join(descriptors, streams))
 }
 
 /// The process that stands for one exec: the PID that engines are told. It ends with the exec's status, and the exec with it.

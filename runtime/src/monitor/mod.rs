@@ -16,7 +16,7 @@ use std::path::Path;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid};
 use tokio::runtime::Runtime;
 
-use crate::agent::{Agent, Creation, Descriptors, Exit, MonitorSocket, Plan, Tunnel};
+use crate::agent::{Agent, Creation, Descriptors, Exit, MonitorSocket, Plan, Relay, Tunnel};
 use crate::bundle::{Bundle, GuestSpec};
 use crate::error::{Error, Result, sentence};
 use crate::host::cgroup::Cgroup;
@@ -168,7 +168,7 @@ async fn run(
     };
     let mut sandbox = Sandbox::boot(config, blank).await?;
     let relay = match sandbox.begun().await {
-        Ok(streams) => streams.join(descriptors),
+        Ok(streams) => Relay::join(descriptors, streams),
         Err(error) => return Err(sandbox.explain(error).await.into()),
     };
     let listener = MonitorSocket::of(charge.folder).listen().map_err(Error::system("listen for the verbs"))?;

@@ -118,7 +118,7 @@ impl Pod {
         )
         .await?;
         pod.remember(id, member);
-        Ok((pod, streams.join(descriptors)))
+        Ok((pod, Relay::join(descriptors, streams)))
     }
 
     /// Boots a VM without a container. The calling thread is put into the network namespace as by [`Self::boot`].
@@ -217,7 +217,7 @@ impl Pod {
             self.agent.create_container(&creation, Listening::already()).await
         };
         match created.await {
-            Ok(streams) => Ok(streams.join(descriptors)),
+            Ok(streams) => Ok(Relay::join(descriptors, streams)),
             Err(error) => Err(self.explain(error).await),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arbitrary::{Result, Unstructured};
-use runvm::agent::{Agent, AgentError, Creation, Descriptors, Listening, Plan};
+use runvm::agent::{Agent, AgentError, Creation, Descriptors, Listening, Plan, Relay};
 use runvm::bundle::GuestSpec;
 use runvm::sandbox::guest_log;
 use runvm::vmm::{ByteStream, Channel};
@@ -88,9 +88,8 @@ async fn live(agent: &Agent) -> std::result::Result<(), AgentError> {
     let descriptors = descriptors().map_err(AgentError::Channel)?;
     let creation = Creation::new("id", &GuestSpec::default(), None, Plan::of(&descriptors))?;
     let ((), streams) = tokio::try_join!(configured, agent.create_container(&creation, listening))?;
-    let relay = streams.join(descriptors);
     agent.start_container("id").await?;
-    let relay = relay.start();
+    let relay = Relay::join(descriptors, streams).start();
     let ended = timeout(boot, agent.wait_process("id", ""));
     if let Ok(exit) = ended.await {
         relay.drained(exit?.output).await;
