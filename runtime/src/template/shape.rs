@@ -23,6 +23,8 @@ pub struct Shape {
     pub initramfs: FileIdentity,
     /// The kernel's parameters.
     pub parameters: String,
+    /// The device of KVM, which is another once KVM was loaded anew.
+    pub kvm: FileIdentity,
     /// The kind of KVM.
     pub flavour: Flavour,
     /// Processors.
@@ -84,6 +86,7 @@ pub(super) mod tests {
             kernel: file,
             initramfs: file,
             parameters: "quiet".into(),
+            kvm: file,
             flavour: Flavour::Pvm,
             vcpus,
             memory: 1 << 30,

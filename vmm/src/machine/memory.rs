@@ -86,6 +86,8 @@ pub enum Kept {
     Constant,
     /// Some of it, which is copied.
     Pieces(Pieces),
+    /// Some of it, which stays in the file until the guest comes to it: page by page, and it is expected to come to hardly any.
+    Seldom(Pieces),
 }
 
 /// A bit for each [`PIECE`] of a block, the lowest for the first. The others are zero.
@@ -93,6 +95,11 @@ pub enum Kept {
 pub struct Pieces(pub u32);
 
 impl Content {
+    /// Whether a clone may have it in the file, and none of its pages.
+    pub fn is_mapped(self) -> bool {
+        !matches!(self.kept, Kept::Pieces(_))
+    }
+
     /// Brings it into fresh memory.
     fn bring(self, memory: &Memory, file: &File) -> Result<(), MemoryError> {
         let wrong = || MemoryError::Block(self.block.0);
@@ -101,16 +108,20 @@ impl Content {
         let pieces = match self.kept {
             Kept::Constant if share(&part, file, offset).map_err(MemoryError::File)? => return Ok(()),
             Kept::Constant => Pieces::ALL,
-            Kept::Pieces(pieces) => pieces,
+            Kept::Pieces(pieces) | Kept::Seldom(pieces) => pieces,
         };
-        // A large page takes the host's kernel milliseconds, in which nobody maps anything, a thread's stack for example,
-        // if it is the kernel that comes to it first.
-        part.write_obj(0_u8, 0).map_err(|_| wrong())?;
+        let seldom = matches!(self.kept, Kept::Seldom(_));
+        if !seldom {
+            // A large page takes the host's kernel milliseconds, in which nobody maps anything, a thread's stack for example,
+            // if it is the kernel that comes to it first.
+            part.write_obj(0_u8, 0).map_err(|_| wrong())?;
+        }
         for run in pieces.runs() {
             let end = part.len().min(run.end);
             let length = end.checked_sub(run.start).ok_or_else(wrong)?;
             let part = part.subslice(run.start, length).map_err(|_| wrong())?;
-            copy(&part, file, offset + run.start as i64).map_err(MemoryError::File)?;
+            let bring = if seldom { lay_over } else { copy };
+            bring(&part, file, offset + run.start as i64).map_err(MemoryError::File)?;
         }
         Ok(())
     }

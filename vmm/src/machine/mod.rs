@@ -26,7 +26,7 @@ use crate::virtio::Device;
 use crate::virtio::transport::{QUEUE_NOTIFY, SIZE, Transport, TransportError};
 use crate::{Event, Memory};
 use bus::{Bus, Console, ConsoleLine, DEVICES, FIRST_INTERRUPT, MAX_DEVICES, Pin, SERIAL_INTERRUPT};
-use memory::{Block, Filling, Kept, MemoryError};
+use memory::{Block, Filling, MemoryError};
 use origin::Origin;
 use snapshot::Saved;
 pub use snapshot::{PageMap, SnapshotError};
@@ -35,6 +35,7 @@ pub use snapshot::{saved_devices, state_file};
 use vcpu::Vcpus;
 pub use x86::MAX_VCPUS;
 use x86::boot::{BootError, Kernel};
+use x86::host::Host;
 use x86::state::StateError;
 use x86::{cpuid, registers};
 
@@ -157,6 +158,7 @@ pub struct Machine {
     /// The blocks of its memory that are a file's, or were, and may be there without a page of theirs.
     trimmed: Mutex<BTreeSet<Block>>,
     flavour: Flavour,
+    host: Host,
     msrs: Vec<u32>,
 }
 
@@ -174,8 +176,9 @@ impl Machine {
         let (loaded, made) = thread::scope(|scope| {
             let load = || x86::boot::load(&memory, &mut kernel, vcpu_count);
             let loading = thread::Builder::new().spawn_scoped(scope, load);
-            let made = Parts::make(config, memory.clone());
-            (loading.map(ScopedJoinHandle::join), made)
+            let supported = supported(&config);
+            let parts = Parts::make(config, Host::here(), memory.clone());
+            (loading.map(ScopedJoinHandle::join), supported.and_then(|supported| Ok((supported, parts?))))
         });
         let loaded =
             loaded.map_err(|source| MachineError::Host { step: "start a thread that loads the kernel", source })?;
@@ -242,6 +245,7 @@ impl Machine {
             flavour: self.flavour,
             memory: memory::size(&self.memory),
             contents: snapshot::write_memory(&self.memory, &self.origin, &self.trimmed(), pages, memory)?,
+            host: self.host.clone(),
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: x86::state::save_vm(&self.vm)?,
             devices: self.bus.devices().map(|device| device.save()).collect::<Result<_, _>>()?,
@@ -266,16 +270,20 @@ impl Machine {
             return mismatch("devices");
         }
         let vcpu_count = config.vcpus;
-        let constant = saved.contents.iter().filter(|content| content.kept == Kept::Constant);
-        let trimmed = constant.map(|content| content.block).collect();
-        let (supported, mut parts) = Parts::make(config, memory)?;
+        let mapped = saved.contents.iter().filter(|content| content.is_mapped());
+        let trimmed = mapped.map(|content| content.block).collect();
+        let host = Host::here();
+        let supported = (saved.host != host).then(|| supported(&config)).transpose()?;
+        let mut parts = Parts::make(config, host, memory)?;
         x86::state::restore_vm(&parts.vm, &saved.vm)?;
         for (index, (vcpu, state)) in (0..).zip(parts.vcpus.iter().zip(&saved.vcpus)) {
-            // What KVM makes of a description is what it gave when the machine was saved.
-            describe(vcpu, &supported, index, vcpu_count)?;
-            let ours = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(kvm("describe a processor"))?;
-            if !cpuid::same(&ours, &state.cpuid) {
-                return mismatch("processors");
+            if let Some(supported) = &supported {
+                // What KVM makes of a description is what it gave when the machine was saved.
+                describe(vcpu, supported, index, vcpu_count)?;
+                let ours = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+                if !cpuid::same(&ours.map_err(kvm("describe a processor"))?, &state.cpuid) {
+                    return mismatch("processors");
+                }
             }
             x86::state::restore_vcpu(&parts.vm, vcpu, state)?;
         }
@@ -334,12 +342,12 @@ struct Parts {
     console: Option<Console>,
     confinement: Confinement,
     flavour: Flavour,
+    host: Host,
     msrs: Vec<u32>,
 }
 
 impl Parts {
-    /// Makes the parts, and tells what KVM says of processors.
-    fn make(config: Config, memory: Memory) -> Result<(CpuId, Self), MachineError> {
+    fn make(config: Config, host: Host, memory: Memory) -> Result<Self, MachineError> {
         let version = config.kvm.get_api_version();
         if version != KVM_API_VERSION as i32 {
             return Err(MachineError::Version(version));
@@ -367,11 +375,6 @@ impl Parts {
             vm.set_tss_address(TSS).map_err(kvm("set aside pages for real mode"))?;
         }
         vm.create_irq_chip().map_err(kvm("make an interrupt controller"))?;
-        let supported = config.kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
-        let mut supported = supported.map_err(kvm("say what processors are like"))?;
-        if config.flavour == Flavour::Pvm {
-            cpuid::answer_briefly(&mut supported);
-        }
         let vcpus = (0..config.vcpus).map(|index| vm.create_vcpu(index.into())).collect::<Result<_, _>>();
         let vcpus = vcpus.map_err(kvm("make a processor"))?;
         let mut devices = Vec::new();
@@ -384,7 +387,7 @@ impl Parts {
         let console = config.console.map(|file| console(&vm, file)).transpose()?;
         let (flavour, confinement) = (config.flavour, config.confinement);
         let msrs = x86::state::msrs_to_save(&config.kvm, flavour)?;
-        Ok((supported, Self { vm, memory, vcpus, devices, console, confinement, flavour, msrs }))
+        Ok(Self { vm, memory, vcpus, devices, console, confinement, flavour, host, msrs })
     }
 
     fn assemble(self, origin: Origin, trimmed: BTreeSet<Block>) -> Result<Machine, MachineError> {
@@ -405,9 +408,20 @@ impl Parts {
             origin,
             trimmed: Mutex::new(trimmed),
             flavour: self.flavour,
+            host: self.host,
             msrs: self.msrs,
         })
     }
+}
+
+/// What KVM says of processors.
+fn supported(config: &Config) -> Result<CpuId, MachineError> {
+    let supported = config.kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES);
+    let mut supported = supported.map_err(kvm("say what processors are like"))?;
+    if config.flavour == Flavour::Pvm {
+        cpuid::answer_briefly(&mut supported);
+    }
+    Ok(supported)
 }
 
 fn describe(vcpu: &VcpuFd, supported: &CpuId, index: u32, vcpus: u32) -> Result<(), MachineError> {

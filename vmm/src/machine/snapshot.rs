@@ -16,6 +16,7 @@ use vm_memory::{Address as _, VolatileSlice};
 
 use super::memory::{BLOCK, Block, Content, Filling, Kept, PIECE, Pieces};
 use super::origin::Origin;
+use super::x86::host::Host;
 use super::x86::state::{VcpuState, VmState};
 use super::{Flavour, MAX_VCPUS, memory};
 use crate::Memory;
@@ -23,12 +24,15 @@ use crate::virtio::transport::SavedTransport;
 
 const MAGIC: [u8; 8] = *b"RUNVM-VM";
 /// To be raised whenever the body's form or meaning changes.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 const HEADER: usize = 24;
 /// No machine has more beside its memory.
 const MAX_BODY: u64 = 256 << 20;
 
 const NO_MEMORY: &str = "its memory cannot be had";
+
+/// What is needed to boot, and never again; memory after it that a guest maps in small pages anyway.
+const FIRST: Block = Block(0);
 
 const PAGE: usize = 4096;
 static ZERO: [u8; PIECE] = [0; PIECE];
@@ -41,6 +45,8 @@ pub(super) struct Saved {
     pub memory: u64,
     /// What the memory file has of it.
     pub contents: Vec<Content>,
+    /// Where the descriptions of its processors are from.
+    pub host: Host,
     pub vcpus: Vec<VcpuState>,
     pub vm: VmState,
     pub devices: Vec<SavedTransport>,
@@ -186,8 +192,11 @@ fn write_contents(
         }
         let constant = bytes.len() as u64 == BLOCK && origin.is_constant(block.address(), bytes, &copies)?;
         // The host keeps a file in the pieces that it was written in.
-        let (kept, pieces, at_once) =
-            if constant { (Kept::Constant, Pieces::ALL, bytes.len()) } else { (Kept::Pieces(pieces), pieces, PIECE) };
+        let (kept, pieces, at_once) = match block {
+            _ if constant => (Kept::Constant, Pieces::ALL, bytes.len()),
+            FIRST => (Kept::Seldom(pieces), pieces, PIECE),
+            _ => (Kept::Pieces(pieces), pieces, PIECE),
+        };
         for run in pieces.runs() {
             let run = run.start..run.end.min(bytes.len());
             for offset in run.clone().step_by(at_once) {
@@ -281,9 +290,8 @@ mod tests {
             (file, contents)
         };
         let (file, contents) = write(&memory);
-        let expected = [(0, 1 << 16 | 1), (31, 1 << 31)];
-        let expected =
-            expected.map(|(block, pieces)| Content { block: Block(block), kept: Kept::Pieces(Pieces(pieces)) });
+        let expected = [(0, Kept::Seldom(Pieces(1 << 16 | 1))), (31, Kept::Pieces(Pieces(1 << 31)))];
+        let expected = expected.map(|(block, kept)| Content { block: Block(block), kept });
         assert_eq!(contents, expected);
         assert!(file.metadata().unwrap().blocks() * 512 <= 4 * PIECE as u64);
         let read = |contents: &[Content], file: &File| {

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         trial("pauses_are_not_noticed", || is_not_noticed(PAUSES, pause)),
         trial("trimming_is_not_noticed", || is_not_noticed(TRIMS, trim)),
         trial("a_trimmed_machine_is_saved_whole", trimmed),
+        trial("on_another_host_the_processors_are_compared", compared),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -160,6 +161,51 @@ fn trimmed() -> Result<()> {
         go_on(&world, generation + 1)?;
     }
     Ok(())
+}
+
+/// On a host with another kernel the machine goes on as long as its processors are the same, and not if they are not.
+fn compared() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let home = folder.path().join("home");
+    make_home(&home)?;
+    let [state, memory] = ["state", "memory"].map(|name| folder.path().join(name));
+    let world = World::boot(&home, 1)?;
+    world.expect_progress(0)?;
+    world.machine.pause();
+    world.save(&state, &memory)?;
+    drop(world);
+    let saved = fs::read(&state)?;
+    let name = rustix::system::uname();
+    let ours = name.release().to_bytes();
+    let other: Vec<_> = ours.iter().rev().copied().collect();
+    let on_another_kernel = replaced(&saved, ours, &other)?;
+    fs::write(&state, &on_another_kernel)?;
+    let world = World::restore(&home, 1, &state, &memory)?;
+    world.expect_progress(0)?;
+    drop(world);
+    let model = std::arch::x86_64::__cpuid(1).eax;
+    fs::write(&state, replaced(&on_another_kernel, &model.to_le_bytes(), &(model ^ 0x10).to_le_bytes())?)?;
+    match World::restore(&home, 1, &state, &memory) {
+        Err(error) if error.to_string().contains("its processors differ") => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err("the machine goes on with other processors".into()),
+    }
+}
+
+/// A state file in which all of `old` is `new`.
+fn replaced(saved: &[u8], old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
+    const HEADER: usize = 24;
+    let (header, body) = saved.split_at(HEADER);
+    let mut body = body.to_vec();
+    let places = body.windows(old.len()).enumerate().filter(|(_, window)| *window == old);
+    let places: Vec<_> = places.map(|(place, _)| place).collect();
+    if places.is_empty() || old.len() != new.len() {
+        return Err("the state is not as it was thought to be".into());
+    }
+    for place in places {
+        body[place..place + new.len()].copy_from_slice(new);
+    }
+    Ok([&header[..20], &crc32fast::hash(&body).to_le_bytes(), &body].concat())
 }
 
 /// Bytes, files, frames and time go on through whatever is done to a machine any number of times.

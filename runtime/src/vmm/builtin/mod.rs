@@ -71,6 +71,7 @@ impl Builtin {
             kernel: identity(&self.assets.kernel(machine.accelerator)?)?,
             initramfs: identity(&self.assets.initramfs()?)?,
             parameters: parameters::builtin(false, Processors::AtBoot),
+            kvm: identity(Path::new("/dev/kvm"))?,
             flavour: flavour(machine)?,
             vcpus: machine.vcpus,
             memory: machine.memory,

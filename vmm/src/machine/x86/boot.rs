@@ -17,7 +17,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryError};
 
 use super::mptable;
 use crate::Memory;
-use crate::machine::memory;
+use crate::machine::memory::{self, BLOCK};
 use crate::machine::origin::Piece;
 
 /// The guest-physical addresses of what is written for the kernel, all in the first MiB. The MP table is at 0.
@@ -98,19 +98,18 @@ pub const SEGMENTS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ff
 pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, BootError> {
     let total = memory::size(memory);
     let Kernel { image, initramfs, .. } = kernel;
+    let place = initramfs.as_ref().map(|archive| initramfs_place(archive, image, total)).transpose()?;
     let (loaded, initramfs) = thread::scope(|scope| {
-        let load = || initramfs.as_mut().map(|archive| load_initramfs(memory, archive, total)).transpose();
+        let archive = initramfs.as_mut().zip(place.clone());
+        let load = || archive.map(|(archive, place)| load_initramfs(memory, archive, place)).transpose();
         let loading = thread::Builder::new().spawn_scoped(scope, load).map_err(BootError::Initramfs)?;
         let loaded = Elf::load(&**memory, None, image, Some(GuestAddress(KERNEL_START))).map_err(BootError::Kernel)?;
         let initramfs = loading.join().map_err(|_| BootError::Initramfs(io::ErrorKind::Interrupted.into()))??;
         Ok::<_, BootError>((loaded, initramfs))
     })?;
-    let initramfs = match initramfs {
-        Some((start, size)) if u64::from(start) < loaded.kernel_end => {
-            return Err(BootError::TooLarge { size: size.into(), memory: total });
-        }
-        other => other.unwrap_or_default(),
-    };
+    if let Some(place) = place.filter(|place| place.start < loaded.kernel_end && kernel_start(image) < place.end) {
+        return Err(BootError::TooLarge { size: place.end - place.start, memory: total });
+    }
     if kernel.command_line.len() >= MAX_COMMAND_LINE {
         return Err(BootError::CommandLine(kernel.command_line.len()));
     }
@@ -118,7 +117,8 @@ pub fn load(memory: &Memory, kernel: &mut Kernel, vcpus: u32) -> Result<Entry, B
     command_line.push(0);
     memory.write_slice(&command_line, GuestAddress(COMMAND_LINE))?;
     mptable::write(memory, vcpus)?;
-    memory.write_obj(zero_page(total, initramfs, kernel.command_line.len()), GuestAddress(ZERO_PAGE))?;
+    let parameters = zero_page(total, initramfs.unwrap_or_default(), kernel.command_line.len());
+    memory.write_obj(parameters, GuestAddress(ZERO_PAGE))?;
     write_page_tables(memory)?;
     for (address, segment) in (GDT..).step_by(8).zip(SEGMENTS) {
         memory.write_obj(segment, GuestAddress(address))?;
@@ -167,8 +167,9 @@ pub(in crate::machine) fn pieces(kernel: &Kernel, memory: u64) -> Result<Vec<Pie
     };
     let mut pieces: Vec<_> = segments(&kernel.image).into_iter().map(whole).collect();
     if let Some(file) = &kernel.initramfs {
-        let (address, size) = initramfs_place(file, memory)?;
-        pieces.push(Piece { address, file, offset: 0, length: size & !(PAGE - 1), copied: true });
+        let place = initramfs_place(file, &kernel.image, memory)?;
+        let length = (place.end - place.start) & !(PAGE - 1);
+        pieces.push(Piece { address: place.start, file, offset: 0, length, copied: true });
     }
     pieces.retain(|piece| piece.length > 0 && (piece.address | piece.offset).is_multiple_of(PAGE));
     Ok(pieces)
@@ -183,21 +184,31 @@ pub(in crate::machine) fn constant(image: &File) -> Vec<Range<u64>> {
     ranges.map(|(segment, next)| segment.address..next).collect()
 }
 
-/// Where the archive is, at the end of the memory below the devices, and how long.
-fn initramfs_place(archive: &File, total: u64) -> Result<(u64, u64), BootError> {
-    let size = archive.metadata().map_err(BootError::Initramfs)?.len();
-    let start = total.min(memory::LOW_END).checked_sub(size).ok_or(BootError::TooLarge { size, memory: total })?;
-    Ok((start & !(PAGE - 1), size))
+/// The lowest address that a kernel has.
+fn kernel_start(image: &File) -> u64 {
+    segments(image).iter().map(|segment| segment.address).min().unwrap_or(KERNEL_START)
 }
 
-/// Puts the archive where it belongs; where that is, and how long it is.
-fn load_initramfs(memory: &Memory, archive: &mut File, total: u64) -> Result<(u32, u32), BootError> {
-    let (start, size) = initramfs_place(archive, total)?;
-    let (Ok(place), Ok(length)) = (u32::try_from(start), u32::try_from(size)) else {
-        return Err(BootError::TooLarge { size, memory: total });
+/// Where the archive is put: below the kernel, if there is room, as the memory is the guest's again once it has unpacked it, and
+/// what a guest uses is to be close together. If not, at the end of the memory below the devices.
+fn initramfs_place(archive: &File, image: &File, total: u64) -> Result<Range<u64>, BootError> {
+    let size = archive.metadata().map_err(BootError::Initramfs)?.len();
+    if BLOCK + size <= kernel_start(image).min(total) {
+        return Ok(BLOCK..BLOCK + size);
+    }
+    let start = total.min(memory::LOW_END).checked_sub(size).ok_or(BootError::TooLarge { size, memory: total })?;
+    let start = start & !(PAGE - 1);
+    Ok(start..start + size)
+}
+
+/// Puts the archive where it belongs; where that is, and how long it is, for the kernel.
+fn load_initramfs(memory: &Memory, archive: &mut File, place: Range<u64>) -> Result<(u32, u32), BootError> {
+    let size = place.end - place.start;
+    let (Ok(start), Ok(length)) = (u32::try_from(place.start), u32::try_from(size)) else {
+        return Err(BootError::TooLarge { size, memory: memory::size(memory) });
     };
-    memory.read_exact_volatile_from(GuestAddress(start), archive, length as usize)?;
-    Ok((place, length))
+    memory.read_exact_volatile_from(GuestAddress(place.start), archive, length as usize)?;
+    Ok((start, length))
 }
 
 fn zero_page(memory: u64, initramfs: (u32, u32), command_line: usize) -> boot_params {

@@ -3,6 +3,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod host;
 mod mptable;
 pub mod registers;
 pub mod state;
