@@ -12,27 +12,39 @@ use rustix::process::{chdir, pivot_root};
 use rustix::thread::UnshareFlags;
 
 /// What becomes of the calling thread of [`behind`].
-pub struct Standing(mpsc::Receiver<io::Result<()>>);
+pub struct Standing {
+    begin: mpsc::Sender<()>,
+    done: mpsc::Receiver<io::Result<()>>,
+}
 
 impl Standing {
+    /// Has it change its root now.
+    pub fn begin(&self) {
+        // Where it has ended, the other knows.
+        let _ = self.begin.send(());
+    }
+
     /// Waits until it has nothing but the new root for its files.
     ///
     /// # Errors
     /// Why it has not.
     pub fn wait(self) -> io::Result<()> {
-        self.0.recv().unwrap_or_else(|_| Err(io::Error::other("nobody changed the root")))
+        self.begin();
+        self.done.recv().unwrap_or_else(|_| Err(io::Error::other("nobody changed the root")))
     }
 }
 
 /// Does `work` on a thread of its own, with the host's files, while the calling one, which has to be the process's first,
-/// changes to nothing but `rootfs`. Copying the host's mounts and letting go of them takes milliseconds: `work` need not
-/// wait for it before an engine is told of the process.
+/// changes to nothing but `rootfs`, once `work` says so. Copying the host's mounts and letting go of them takes milliseconds of a
+/// processor, which is best done while `work` waits for something else.
 pub fn behind<T: Send>(rootfs: &Path, work: impl FnOnce(Standing) -> T + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let (tell, told) = mpsc::channel();
-        let worker = std::thread::Builder::new().spawn_scoped(scope, move || work(Standing(told)))?;
-        // Who does not listen has ended, which is seen next.
-        let _ = tell.send(change_root(rootfs));
+        let ((begin, begun), (tell, done)) = (mpsc::channel(), mpsc::channel());
+        let worker = std::thread::Builder::new().spawn_scoped(scope, move || work(Standing { begin, done }))?;
+        if begun.recv().is_ok() {
+            // Who does not listen has ended, which is seen next.
+            let _ = tell.send(change_root(rootfs));
+        }
         worker.join().map_err(|_| io::Error::other("the thread that does the work ended"))
     })
 }

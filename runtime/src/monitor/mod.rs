@@ -167,6 +167,8 @@ async fn run(
         first: Some(Creation::new(charge.id, guest, None, Plan::of(&descriptors))?),
     };
     let mut sandbox = Sandbox::boot(config, blank).await?;
+    // The guest is busy now, and the host is not.
+    standing.begin();
     let relay = match sandbox.begun().await {
         Ok(streams) => Relay::join(descriptors, streams),
         Err(error) => return Err(sandbox.explain(error).await.into()),
