@@ -7,7 +7,7 @@ use runvm_protocol::VSOCK_PORT;
 use super::Machine;
 
 /// For any machine.
-const COMMON: [&str; 8] = [
+const COMMON: [&str; 9] = [
     "noreplace-smp",
     "pci=off",
     "reboot=t",
@@ -16,6 +16,7 @@ const COMMON: [&str; 8] = [
     "dummy.numdummies=0",
     "irqaffinity=0",
     "rcupdate.rcu_expedited=1",
+    "thp_anon=16K:always;2M:inherit",
 ];
 
 /// How fast the local APIC's timer of QEMU's own processors counts: once in a nanosecond.
