@@ -15,9 +15,10 @@ use libc::{
     SYS_mprotect, SYS_mremap, SYS_munmap, SYS_name_to_handle_at, SYS_newfstatat, SYS_openat, SYS_openat2, SYS_ppoll,
     SYS_prctl, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readlinkat,
     SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_removexattr, SYS_renameat2, SYS_restart_syscall, SYS_rt_sigaction,
-    SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_sendmsg, SYS_sendto,
-    SYS_setgroups, SYS_setresgid, SYS_setresuid, SYS_setxattr, SYS_shutdown, SYS_sigaltstack, SYS_statx, SYS_symlinkat,
-    SYS_syncfs, SYS_tgkill, SYS_umask, SYS_unlinkat, SYS_unshare, SYS_utimensat, SYS_write, SYS_writev, c_long,
+    SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_setaffinity, SYS_sched_yield, SYS_sendmsg,
+    SYS_sendto, SYS_setgroups, SYS_setresgid, SYS_setresuid, SYS_setxattr, SYS_shutdown, SYS_sigaltstack, SYS_statx,
+    SYS_symlinkat, SYS_syncfs, SYS_tgkill, SYS_umask, SYS_unlinkat, SYS_unshare, SYS_utimensat, SYS_write, SYS_writev,
+    c_long,
 };
 use linux_raw_sys::ioctl::UFFDIO_REGISTER;
 use rustix::ioctl::opcode;
@@ -199,6 +200,8 @@ fn device(kind: Kind, allowed: &mut Allowed) -> Result<(), BackendError> {
         Kind::FileSystem => {
             // For an umask and a working folder of its own.
             allowed.only(SYS_unshare, [is(0, libc::CLONE_FS as u32)])?;
+            // To look for requests on another processor than the guest's; for itself alone.
+            allowed.only(SYS_sched_setaffinity, [is(0, 0)])?;
             file_system(allowed)
         }
     }

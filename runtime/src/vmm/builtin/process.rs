@@ -20,7 +20,7 @@ use runvm_vmm::Event;
 use runvm_vmm::confinement::Role;
 use runvm_vmm::door::Door;
 use runvm_vmm::machine::x86::boot::Kernel;
-use runvm_vmm::machine::{Config, End, Machine, PageMap, Resting};
+use runvm_vmm::machine::{Config, End, Flavour, Machine, PageMap, Resting};
 use runvm_vmm::virtio::Device;
 use runvm_vmm::virtio::balloon::{Backing, Balloon};
 use runvm_vmm::virtio::fs::Fs;
@@ -126,9 +126,13 @@ fn begin(description: &Description, handed: Handed) -> Result<(Machine, Saving),
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
     let knock = knocked.try_clone().map_err(failed("make an event"))?;
+    let mut share = Fs::new(SHARE_TAG, file_system).map_err(failed("share files"))?;
+    if description.flavour == Flavour::Pvm {
+        share = share.looking_out();
+    }
     let others: [Box<dyn Device>; FIRST_NIC] = [
         Box::new(Vsock::new(Door::new(handed.door), VSOCK_PORT, knock)),
-        Box::new(Fs::new(SHARE_TAG, file_system).map_err(failed("share files"))?),
+        Box::new(share),
         Box::new(Rng),
         Box::new(Balloon::new(Backing::Private)),
     ];

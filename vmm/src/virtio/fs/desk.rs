@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::io::Write as _;
 use std::mem::size_of;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use virtiofsd::Error as FuseError;
 use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
@@ -18,9 +19,10 @@ use vm_memory::{ByteValued as _, Bytes as _};
 
 use super::super::buffers::IoMemory;
 use super::super::{Attendant, Chain, DeviceError, Io, VirtQueue};
-use super::apart;
 use super::guard::Guard;
 use super::letter::Letter;
+use super::lookout::{Lookout, PATIENCE, SHIFT};
+use super::{REQUESTS, apart};
 use crate::Memory;
 
 /// How many requests one thread serves before others have their turn: a pause, or what else the processor has to do.
@@ -43,6 +45,8 @@ pub(super) struct Desk<F: FileSystem + Send + Sync> {
     backlog: Mutex<VecDeque<Task>>,
     /// Takes answers for which the guest has left no room.
     nowhere: Letter,
+    /// None where requests are only served when there is word of them.
+    pub(super) lookout: Option<Lookout>,
 }
 
 /// A driver's use of the device.
@@ -62,7 +66,7 @@ struct Task {
 impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
     pub(super) fn new(server: Server<Guard<F>>) -> Result<Self, DeviceError> {
         let nowhere = Letter::new(&[])?;
-        Ok(Self { server, session: Mutex::default(), backlog: Mutex::default(), nowhere })
+        Ok(Self { server, session: Mutex::default(), backlog: Mutex::default(), nowhere, lookout: None })
     }
 
     /// A driver has made the queues ready.
@@ -76,7 +80,42 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
     /// Serves what processors have left, and what is in a queue, in the device's own thread.
     pub(super) fn work(&self, queue: usize) -> Result<(), DeviceError> {
         self.clear()?;
-        self.take_from(queue, |task| self.serve(task))
+        self.take_from(queue, |task| self.serve(task))?;
+        if queue == REQUESTS { self.look_out() } else { Ok(()) }
+    }
+
+    /// Looks for requests, if the thread is called for that.
+    fn look_out(&self) -> Result<(), DeviceError> {
+        let Some(session) = lock(&self.session).clone() else { return Ok(()) };
+        let Some(mut post) = self.lookout.as_ref().and_then(Lookout::begin) else { return Ok(()) };
+        let queue = &session.queues[REQUESTS];
+        let begun = Instant::now();
+        let mut last = begun;
+        queue.want_kicks(&session.guest, false)?;
+        while post.holds() && last.elapsed() < PATIENCE {
+            if last.duration_since(begun) > SHIFT {
+                post.goes_on();
+                queue.kick();
+                break;
+            }
+            if queue.waiting(&session.guest)? && self.serve_next(&session)? {
+                last = Instant::now();
+            } else {
+                post.pause();
+            }
+        }
+        drop(post);
+        if queue.want_kicks(&session.guest, true)? {
+            queue.kick();
+        }
+        Ok(())
+    }
+
+    /// Serves the next request that there is without asking to be told of others; whether there was one.
+    fn serve_next(&self, session: &Arc<Session>) -> Result<bool, DeviceError> {
+        let Some(chain) = session.queues[REQUESTS].pop(&session.guest)? else { return Ok(false) };
+        self.serve(Task { session: session.clone(), queue: REQUESTS, chain })?;
+        Ok(true)
     }
 
     /// Serves what processors have left.
@@ -108,6 +147,39 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
         }
         source.kick();
         Ok(())
+    }
+
+    /// Serves what a processor tells of.
+    fn serve_told(&self, queue: usize) -> Result<(), DeviceError> {
+        self.take_from(queue, |task| {
+            if !task.is_slow() {
+                return self.serve(task);
+            }
+            self.leave(task).or_else(|task| self.serve(task))
+        })
+    }
+
+    /// Serves what the thread that looks has not got to, if a processor tells of it all the same.
+    fn stand_in(&self, lookout: &Lookout) -> Result<(), DeviceError> {
+        let Some(session) = lock(&self.session).clone() else { return Ok(()) };
+        let mut missed = false;
+        for _ in 0..BATCH {
+            if !self.serve_next(&session)? {
+                break;
+            }
+            missed = true;
+        }
+        lookout.told_all_the_same(missed);
+        Ok(())
+    }
+
+    /// Has the thread look for requests, if a processor has told of many.
+    fn call(&self, lookout: &Lookout) {
+        if lookout.told()
+            && let Some(session) = lock(&self.session).as_ref()
+        {
+            session.queues[REQUESTS].kick();
+        }
     }
 
     /// Leaves a request to the device's thread; gives it back where that has enough to do.
@@ -156,12 +228,11 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Attendant f
     }
 
     fn attend(&self, queue: usize) -> Result<(), DeviceError> {
-        let attended = self.take_from(queue, |task| {
-            if !task.is_slow() {
-                return self.serve(task);
-            }
-            self.leave(task).or_else(|task| self.serve(task))
-        });
+        let attended = match &self.lookout {
+            Some(lookout) if queue == REQUESTS && lookout.looking() => self.stand_in(lookout),
+            Some(lookout) if queue == REQUESTS => self.serve_told(queue).inspect(|()| self.call(lookout)),
+            _ => self.serve_told(queue),
+        };
         attended.inspect_err(|_| self.close())
     }
 }

@@ -17,6 +17,7 @@ pub mod client;
 mod desk;
 mod guard;
 mod letter;
+mod lookout;
 mod readers;
 mod state;
 #[cfg(test)]
@@ -32,6 +33,7 @@ use virtiofsd::server::Server;
 use super::{Attendant, ConfigSpace, Device, DeviceError, Io, Kind};
 use desk::Desk;
 use guard::{Guard, Session};
+use lookout::Lookout;
 
 /// The longest tag, in bytes.
 pub const MAX_TAG: usize = 36;
@@ -45,6 +47,9 @@ const REQUEST_QUEUE_SIZE: u16 = super::buffers::MAX_BUFFERS;
 
 /// The first is the urgent one. All processors share the other: a request takes no longer in it than in one of its own.
 const QUEUES: [u16; 2] = [URGENT_QUEUE_SIZE, REQUEST_QUEUE_SIZE];
+
+/// The queue of requests that are answered.
+const REQUESTS: usize = 1;
 
 /// A tag that a guest cannot mount by, or no memory.
 #[derive(Debug, Error)]
@@ -82,6 +87,16 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Fs<F> {
         let session = Session::default();
         let desk = Arc::new(Desk::new(Server::new(Guard::new(served, session.clone())))?);
         Ok(Self { desk, session, config: ConfigSpace::new(config), apart: false })
+    }
+
+    /// Has the device's thread look for requests by itself while there are many, where another processor of the host's
+    /// is idle: for hosts on which it takes long to be told.
+    #[must_use]
+    pub fn looking_out(mut self) -> Self {
+        if let Some(desk) = Arc::get_mut(&mut self.desk) {
+            desk.lookout = Some(Lookout::new());
+        }
+        self
     }
 }
 
