@@ -28,6 +28,8 @@ pub(crate) fn cases() -> Vec<Case<Docker>> {
         case!(renames_locks_and_sockets_work),
         case!(what_is_open_stays_readable),
         case!(a_folder_that_is_open_stays_readable),
+        case!(what_is_made_exclusively_was_not_there),
+        case!(one_of_many_makes_a_file),
     ]
 }
 
@@ -302,5 +304,65 @@ os.mkdir('many')
 for number in range(1500): make('many/' + str(number))
 print(len(os.listdir('many'))); shutil.rmtree('many'); print(os.path.exists('many'))";
     let output = d.run_debian(&options, &["python3", "-c", script])?.ok()?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+fn what_is_made_exclusively_was_not_there(d: &Docker) -> Result<Outcome> {
+    d.file("there", "mine")?;
+    let folder = d.folder()?;
+    let options = format!("--volume {0}:/shared --volume {0}:/fixed:ro", folder.display());
+    let script = "
+import os
+os.umask(0o022)
+def make(path, mode=0o666):
+    try: return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except OSError as e: print(path, e.strerror)
+os.chdir('/shared')
+os.symlink('nowhere', 'link'); os.mkdir('folder'); os.mkdir('closed', 0o700); os.chmod('.', 0o755)
+for path in ['there', 'link', 'folder', 'none/new', 'there/new', 'x' * 256, '/fixed/there', '/fixed/new']: make(path)
+for mode in [0o666, 0o6755]:
+    new = make('new', mode); make('new')
+    before = oct(os.fstat(new).st_mode)
+    if os.fork() == 0:
+        os.setuid(65534)
+        make('there'); make('other'); make('closed/new')
+        os.write(new, b'content'); os._exit(0)
+    os.wait()
+    print(before, oct(os.fstat(new).st_mode), open('new').read()); os.unlink('new')
+print(sorted(os.listdir()), open('there').read())";
+    let output = d.run_debian(&options, &["python3", "-c", script])?.ok()?;
+    Ok(Outcome::new().see_output("run", &output))
+}
+
+/// Four processes make, fill and remove the same files, as they can.
+fn one_of_many_makes_a_file(d: &Docker) -> Result<Outcome> {
+    let options = format!("--volume {}:/shared", d.folder()?.display());
+    let script = "
+import os
+os.chdir('/shared')
+def made():
+    count = 0
+    for number in range(500):
+        try: file = os.open('file' + str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError: continue
+        os.write(file, b'content'); os.close(file); count += 1
+    return count
+def removed():
+    count = 0
+    for number in range(500):
+        try: os.unlink('file' + str(number)); count += 1
+        except FileNotFoundError: pass
+    return count
+for work in [made, removed, made]:
+    read, write = os.pipe()
+    for _ in range(4):
+        if os.fork() == 0:
+            os.write(write, str(work()).encode() + b' '); os._exit(0)
+    for _ in range(4): os.wait()
+    print(sum(map(int, os.read(read, 100).split())), len(os.listdir()))
+print({open(name).read() for name in os.listdir()})";
+    let output = d.run_debian(&options, &["python3", "-c", script])?.ok()?;
+    let files = std::fs::read_dir(d.folder()?)?.count();
+    ensure!(files == 500, "the host sees {files}");
     Ok(Outcome::new().see_output("run", &output))
 }
