@@ -126,13 +126,14 @@ fn begin(description: &Description, handed: Handed) -> Result<(Machine, Saving),
     let file_system = enter(&description.exports).map_err(Failure::Share)?;
     let knocked = Event::new().map_err(failed("make an event"))?;
     let knock = knocked.try_clone().map_err(failed("make an event"))?;
-    let mut share = Fs::new(SHARE_TAG, file_system).map_err(failed("share files"))?;
-    if description.flavour == Flavour::Pvm {
-        share = share.looking_out();
-    }
+    let share = match description.flavour {
+        // Such a host is a virtual machine itself, as a rule.
+        Flavour::Pvm => Fs::with_lookout(SHARE_TAG, file_system),
+        Flavour::Ordinary => Fs::new(SHARE_TAG, file_system),
+    };
     let others: [Box<dyn Device>; FIRST_NIC] = [
         Box::new(Vsock::new(Door::new(handed.door), VSOCK_PORT, knock)),
-        Box::new(share),
+        Box::new(share.map_err(failed("share files"))?),
         Box::new(Rng),
         Box::new(Balloon::new(Backing::Private)),
     ];

@@ -64,9 +64,9 @@ struct Task {
 }
 
 impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
-    pub(super) fn new(server: Server<Guard<F>>) -> Result<Self, DeviceError> {
+    pub(super) fn new(server: Server<Guard<F>>, lookout: Option<Lookout>) -> Result<Self, DeviceError> {
         let nowhere = Letter::new(&[])?;
-        Ok(Self { server, session: Mutex::default(), backlog: Mutex::default(), nowhere, lookout: None })
+        Ok(Self { server, session: Mutex::default(), backlog: Mutex::default(), nowhere, lookout })
     }
 
     /// A driver has made the queues ready.
@@ -98,7 +98,10 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
                 queue.kick();
                 break;
             }
-            if queue.waiting(&session.guest)? && self.serve_next(&session)? {
+            if queue.waiting(&session.guest)?
+                && let Some(task) = untold(&session)?
+            {
+                self.serve(task)?;
                 last = Instant::now();
             } else {
                 post.pause();
@@ -109,13 +112,6 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
             queue.kick();
         }
         Ok(())
-    }
-
-    /// Serves the next request that there is without asking to be told of others; whether there was one.
-    fn serve_next(&self, session: &Arc<Session>) -> Result<bool, DeviceError> {
-        let Some(chain) = session.queues[REQUESTS].pop(&session.guest)? else { return Ok(false) };
-        self.serve(Task { session: session.clone(), queue: REQUESTS, chain })?;
-        Ok(true)
     }
 
     /// Serves what processors have left.
@@ -149,14 +145,12 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
         Ok(())
     }
 
-    /// Serves what a processor tells of.
-    fn serve_told(&self, queue: usize) -> Result<(), DeviceError> {
-        self.take_from(queue, |task| {
-            if !task.is_slow() {
-                return self.serve(task);
-            }
-            self.leave(task).or_else(|task| self.serve(task))
-        })
+    /// Serves a request in the thread of the processor that tells of it, unless it would wait there.
+    fn serve_told(&self, task: Task) -> Result<(), DeviceError> {
+        if !task.is_slow() {
+            return self.serve(task);
+        }
+        self.leave(task).or_else(|task| self.serve(task))
     }
 
     /// Serves what the thread that looks has not got to, if a processor tells of it all the same.
@@ -164,20 +158,17 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
         let Some(session) = lock(&self.session).clone() else { return Ok(()) };
         let mut missed = false;
         for _ in 0..BATCH {
-            if !self.serve_next(&session)? {
-                break;
-            }
+            let Some(task) = untold(&session)? else { break };
+            self.serve_told(task)?;
             missed = true;
         }
         lookout.told_all_the_same(missed);
         Ok(())
     }
 
-    /// Has the thread look for requests, if a processor has told of many.
-    fn call(&self, lookout: &Lookout) {
-        if lookout.told()
-            && let Some(session) = lock(&self.session).as_ref()
-        {
+    /// Has the device's thread look for requests.
+    fn call(&self) {
+        if let Some(session) = lock(&self.session).as_ref() {
             session.queues[REQUESTS].kick();
         }
     }
@@ -228,13 +219,22 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Attendant f
     }
 
     fn attend(&self, queue: usize) -> Result<(), DeviceError> {
-        let attended = match &self.lookout {
-            Some(lookout) if queue == REQUESTS && lookout.looking() => self.stand_in(lookout),
-            Some(lookout) if queue == REQUESTS => self.serve_told(queue).inspect(|()| self.call(lookout)),
-            _ => self.serve_told(queue),
+        let lookout = self.lookout.as_ref().filter(|_| queue == REQUESTS);
+        let attended = match lookout {
+            Some(lookout) if lookout.looking() => self.stand_in(lookout),
+            _ => self.take_from(queue, |task| self.serve_told(task)),
         };
+        if lookout.is_some_and(Lookout::told) {
+            self.call();
+        }
         attended.inspect_err(|_| self.close())
     }
+}
+
+/// Takes the next request out of its queue without asking to be told of others.
+fn untold(session: &Arc<Session>) -> Result<Option<Task>, DeviceError> {
+    let chain = session.queues[REQUESTS].pop(&session.guest)?;
+    Ok(chain.map(|chain| Task { session: session.clone(), queue: REQUESTS, chain }))
 }
 
 impl Task {

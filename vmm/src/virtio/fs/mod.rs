@@ -77,6 +77,19 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Fs<F> {
     /// # Errors
     /// [`FsError`].
     pub fn new(tag: &str, served: F) -> Result<Self, FsError> {
+        Self::build(tag, served, None)
+    }
+
+    /// One whose thread looks for requests by itself while there are many, where another processor of the host's has
+    /// nothing to do: for hosts on which it takes long to be told.
+    ///
+    /// # Errors
+    /// [`FsError`].
+    pub fn with_lookout(tag: &str, served: F) -> Result<Self, FsError> {
+        Self::build(tag, served, Some(Lookout::new()))
+    }
+
+    fn build(tag: &str, served: F, lookout: Option<Lookout>) -> Result<Self, FsError> {
         if tag.is_empty() || tag.len() > MAX_TAG {
             return Err(FsError::Tag(tag.to_owned()));
         }
@@ -85,18 +98,8 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Fs<F> {
         let request_queues = QUEUES.len() as u32 - 1;
         config.extend(request_queues.to_le_bytes());
         let session = Session::default();
-        let desk = Arc::new(Desk::new(Server::new(Guard::new(served, session.clone())))?);
+        let desk = Arc::new(Desk::new(Server::new(Guard::new(served, session.clone())), lookout)?);
         Ok(Self { desk, session, config: ConfigSpace::new(config), apart: false })
-    }
-
-    /// Has the device's thread look for requests by itself while there are many, where another processor of the host's
-    /// is idle: for hosts on which it takes long to be told.
-    #[must_use]
-    pub fn looking_out(mut self) -> Self {
-        if let Some(desk) = Arc::get_mut(&mut self.desk) {
-            desk.lookout = Some(Lookout::new());
-        }
-        self
     }
 }
 

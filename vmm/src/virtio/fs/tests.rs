@@ -22,6 +22,10 @@ use crate::confinement::{Role, in_role};
 type Guest = Client<Fs<PassthroughFs>>;
 
 fn device(root: &Path) -> Fs<PassthroughFs> {
+    Fs::new("share", served(root)).unwrap()
+}
+
+fn served(root: &Path) -> PassthroughFs {
     let config = Config {
         root_dir: root.to_str().unwrap().into(),
         announce_submounts: true,
@@ -33,7 +37,7 @@ fn device(root: &Path) -> Fs<PassthroughFs> {
         migration_on_error: MigrationOnError::GuestError,
         ..Config::default()
     };
-    Fs::new("share", PassthroughFs::new(config).unwrap()).unwrap()
+    PassthroughFs::new(config).unwrap()
 }
 
 fn tree() -> TempDir {
@@ -552,7 +556,7 @@ fn the_devices_thread_looks_for_requests_that_nobody_tells_of() {
         return;
     }
     let tree = tree();
-    let mut guest = Client::new(device(tree.path()).looking_out()).unwrap();
+    let mut guest = Client::new(Fs::with_lookout("share", served(tree.path())).unwrap()).unwrap();
     guest.begin().unwrap();
     let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
     let put = |driver: &mut Driver| driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]).head;
