@@ -149,19 +149,6 @@ impl VirtQueue {
         self.state().pop(memory).map_err(self.malformed())
     }
 
-    /// Whether there is a chain to be popped.
-    ///
-    /// # Errors
-    /// [`DeviceError::Queue`].
-    pub fn waiting(&self, memory: &Memory) -> Result<bool, DeviceError> {
-        let queue = &self.state().queue;
-        if !queue.ready() {
-            return Ok(false);
-        }
-        let offered = queue.avail_idx(&**memory, Ordering::Acquire).map_err(self.malformed())?;
-        Ok(offered.0 != queue.next_avail())
-    }
-
     /// Undoes the last [`VirtQueue::pop`].
     pub fn put_back(&self) {
         let queue = &mut self.state().queue;

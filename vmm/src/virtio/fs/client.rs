@@ -10,11 +10,10 @@ use vm_memory::ByteValued;
 
 use super::super::driver::{Driver, Piece};
 use super::super::{Device, DeviceError};
+use super::REQUESTS;
 
 /// The tree's root.
 pub const ROOT: u64 = ROOT_ID;
-/// The queue of all requests but the urgent ones.
-pub const REQUESTS: usize = 1;
 
 /// How long an answer may be whose length nothing says.
 const ANSWER: u32 = 8192;

@@ -98,9 +98,7 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
                 queue.kick();
                 break;
             }
-            if queue.waiting(&session.guest)?
-                && let Some(task) = untold(&session)?
-            {
+            if let Some(task) = untold(&session)? {
                 self.serve(task)?;
                 last = Instant::now();
             } else {

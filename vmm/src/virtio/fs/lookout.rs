@@ -16,7 +16,7 @@ use nix::sched::sched_getcpu;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity, sched_yield};
 
 /// So many requests that processors tell of, each so soon after the one before, are worth a look.
-pub(super) const MANY: u32 = 6;
+const MANY: u32 = 6;
 const SOON: Duration = Duration::from_micros(300);
 
 /// The thread looks for so long where there is nothing.

@@ -3,10 +3,10 @@
 //! The device is a transport for FUSE. What is served, and to which tree its names lead, is the business of whoever gives
 //! it a [`FileSystem`]; requests are taken apart by virtiofsd's server, the one that its daemon uses, without its daemon.
 //!
-//! Requests are answered by the processor that tells of them, or else by the device's thread: see `desk`. So a request
-//! that takes its time lets its processor wait, and a pause as well. virtiofsd opens only regular files and directories,
-//! never a FIFO or a device that could wait for somebody, and offers no locks that wait; what is left is the host's own
-//! slowness in reading and writing.
+//! Requests are answered by the processor that tells of them, or else by the device's thread: see `desk`, and `lookout` for
+//! when that thread does not wait to be told. So a request that takes its time lets its processor wait, and a pause as
+//! well. virtiofsd opens only regular files and directories, never a FIFO or a device that could wait for somebody, and
+//! offers no locks that wait; what is left is the host's own slowness in reading and writing.
 //!
 //! virtiofsd changes the umask and the working folder for a moment when it creates files or sets attributes, so each
 //! thread that serves has its own: it calls `unshare(CLONE_FS)` first, which the seccomp filter of the device's has to
@@ -48,7 +48,7 @@ const REQUEST_QUEUE_SIZE: u16 = super::buffers::MAX_BUFFERS;
 /// The first is the urgent one. All processors share the other: a request takes no longer in it than in one of its own.
 const QUEUES: [u16; 2] = [URGENT_QUEUE_SIZE, REQUEST_QUEUE_SIZE];
 
-/// The queue of requests that are answered.
+/// The queue of all requests but the urgent ones.
 const REQUESTS: usize = 1;
 
 /// A tag that a guest cannot mount by, or no memory.

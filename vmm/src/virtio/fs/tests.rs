@@ -13,7 +13,7 @@ use vm_memory::ByteValued as _;
 
 use super::super::Poller;
 use super::super::driver::{Driver, Piece};
-use super::client::{Client, Opcode, REQUESTS, ROOT, object};
+use super::client::{Client, Opcode, ROOT, object};
 use super::desk::{BATCH, MAX_MESSAGE};
 use super::readers::{MAX_OPEN, MAY_READ_UNOPENED, UNOPENED};
 use super::*;
