@@ -21,7 +21,7 @@ use super::super::buffers::IoMemory;
 use super::super::{Attendant, Chain, DeviceError, Io, VirtQueue};
 use super::guard::Guard;
 use super::letter::Letter;
-use super::lookout::{Lookout, PATIENCE, SHIFT};
+use super::lookout::Lookout;
 use super::{REQUESTS, apart};
 use crate::Memory;
 
@@ -87,13 +87,14 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Desk<F> {
     /// Looks for requests, if the thread is called for that.
     fn look_out(&self) -> Result<(), DeviceError> {
         let Some(session) = lock(&self.session).clone() else { return Ok(()) };
-        let Some(mut post) = self.lookout.as_ref().and_then(Lookout::begin) else { return Ok(()) };
+        let Some(lookout) = self.lookout.as_ref() else { return Ok(()) };
+        let Some(mut post) = lookout.begin() else { return Ok(()) };
         let queue = &session.queues[REQUESTS];
         let begun = Instant::now();
         let mut last = begun;
         queue.want_kicks(&session.guest, false)?;
-        while post.holds() && last.elapsed() < PATIENCE {
-            if last.duration_since(begun) > SHIFT {
+        while post.holds() && last.elapsed() < lookout.spans.patience {
+            if last.duration_since(begun) > lookout.spans.shift {
                 post.goes_on();
                 queue.kick();
                 break;

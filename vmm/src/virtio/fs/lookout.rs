@@ -15,18 +15,8 @@ use std::time::{Duration, Instant};
 use nix::sched::sched_getcpu;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity, sched_yield};
 
-/// So many requests that processors tell of, each so soon after the one before, are worth a look.
+/// So many requests that processors tell of, each soon after the one before, are worth a look.
 const MANY: u32 = 6;
-const SOON: Duration = Duration::from_micros(300);
-
-/// The thread looks for so long where there is nothing.
-pub(super) const PATIENCE: Duration = Duration::from_micros(300);
-
-/// The thread looks for so long at once, and then does what else there is to do.
-pub(super) const SHIFT: Duration = Duration::from_millis(10);
-
-/// Whoever had the thread's processor for so long meanwhile has use for all of it.
-const TAKEN: Duration = Duration::from_micros(500);
 
 /// So often in a shift others have served what the thread should have.
 const MISSED: u32 = 3;
@@ -37,8 +27,32 @@ const LOOKS_APART: u32 = 16;
 /// For how long the thread is not called after it gave up, the first time and at most.
 const RESTS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(2)];
 
+/// How long is long.
+pub(super) struct Spans {
+    /// Requests that are no further from each other come together.
+    pub(super) soon: Duration,
+    /// The thread looks for so long where there is nothing.
+    pub(super) patience: Duration,
+    /// The thread looks for so long at once, and then does what else there is to do.
+    pub(super) shift: Duration,
+    /// Whoever had the thread's processor for so long meanwhile has use for all of it.
+    pub(super) taken: Duration,
+}
+
+impl Default for Spans {
+    fn default() -> Self {
+        Self {
+            soon: Duration::from_micros(300),
+            patience: Duration::from_micros(300),
+            shift: Duration::from_millis(10),
+            taken: Duration::from_micros(500),
+        }
+    }
+}
+
 /// What processors and the thread tell each other.
 pub(super) struct Lookout {
+    pub(super) spans: Spans,
     looking: AtomicBool,
     missed: AtomicU32,
     pace: Mutex<Pace>,
@@ -55,17 +69,17 @@ struct Pace {
 }
 
 impl Lookout {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(spans: Spans) -> Self {
         let now = Instant::now();
         let pace = Pace { last: now, streak: 0, called_from: None, not_before: now, rest: RESTS[0] };
-        Self { looking: AtomicBool::new(false), missed: AtomicU32::new(0), pace: Mutex::new(pace) }
+        Self { spans, looking: AtomicBool::new(false), missed: AtomicU32::new(0), pace: Mutex::new(pace) }
     }
 
     /// The calling processor has served a request. Whether the thread is to be called.
     pub(super) fn told(&self) -> bool {
         let now = Instant::now();
         let mut pace = self.pace();
-        let soon = now.duration_since(pace.last) < SOON;
+        let soon = now.duration_since(pace.last) < self.spans.soon;
         pace.last = now;
         pace.streak = if soon { pace.streak.saturating_add(1) } else { 1 };
         if pace.streak < MANY || now < pace.not_before || pace.called_from.is_some() {
@@ -102,7 +116,8 @@ impl Lookout {
         post
     }
 
-    fn give_up(&self) {
+    /// The thread looks no more, and is not called for a while.
+    pub(super) fn give_up(&self) {
         self.looking.store(false, Ordering::Release);
         let mut pace = self.pace();
         pace.not_before = Instant::now() + pace.rest;
@@ -153,7 +168,7 @@ impl<'a> Post<'a> {
         }
         let before = Instant::now();
         sched_yield();
-        if before.elapsed() > TAKEN {
+        if before.elapsed() > self.lookout.spans.taken {
             self.lookout.give_up();
         }
     }
@@ -179,32 +194,30 @@ impl Drop for Post<'_> {
 mod tests {
     use super::*;
 
+    const LONG: Duration = Duration::from_secs(3600);
+
     #[test]
     fn the_thread_is_called_once_for_many_requests_that_come_together() {
-        let lookout = Lookout::new();
+        let lookout = Lookout::new(Spans { soon: LONG, ..Spans::default() });
         assert!(lookout.begin().is_none());
-        let told = |lookout: &Lookout| {
-            lookout.pace().last = Instant::now();
-            lookout.told()
-        };
         for _ in 1..MANY {
-            assert!(!told(&lookout));
+            assert!(!lookout.told());
         }
         // One that comes alone.
-        lookout.pace().last = Instant::now() - SOON;
+        lookout.pace().last = Instant::now() - LONG;
         assert!(!lookout.told());
         for _ in 2..MANY {
-            assert!(!told(&lookout));
+            assert!(!lookout.told());
         }
-        assert!(told(&lookout));
-        assert!(!(0..2 * MANY).any(|_| told(&lookout)), "it is called already");
+        assert!(lookout.told());
+        assert!(!(0..2 * MANY).any(|_| lookout.told()), "it is called already");
     }
 
     #[test]
     fn who_looks_does_so_beside_who_asks_and_goes_home() {
         let home = sched_getaffinity(None).unwrap();
         let here = sched_getcpu().unwrap();
-        let lookout = Lookout::new();
+        let lookout = Lookout::new(Spans::default());
         lookout.pace().called_from = Some(here);
         match lookout.begin() {
             Some(post) => {
@@ -221,7 +234,7 @@ mod tests {
 
     #[test]
     fn who_does_not_get_to_look_rests_longer_each_time() {
-        let lookout = Lookout::new();
+        let lookout = Lookout::new(Spans { soon: LONG, ..Spans::default() });
         lookout.looking.store(true, Ordering::Release);
         for _ in 1..MISSED {
             lookout.told_all_the_same(true);
@@ -231,12 +244,14 @@ mod tests {
         lookout.told_all_the_same(true);
         assert!(!lookout.looking());
         let rests = std::iter::repeat_with(|| {
-            let Pace { rest, not_before, .. } = *lookout.pace();
-            assert!(not_before > Instant::now());
+            let rest = lookout.pace().rest;
             lookout.give_up();
             rest
         });
         let rests: Vec<_> = rests.take(10).collect();
         assert!(rests.is_sorted() && rests[0] == 2 * RESTS[0] && rests[9] == RESTS[1], "{rests:?}");
+        lookout.pace().rest = LONG;
+        lookout.give_up();
+        assert!(!(0..2 * MANY).any(|_| lookout.told()), "it rests");
     }
 }

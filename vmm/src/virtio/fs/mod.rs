@@ -33,7 +33,7 @@ use virtiofsd::server::Server;
 use super::{Attendant, ConfigSpace, Device, DeviceError, Io, Kind};
 use desk::Desk;
 use guard::{Guard, Session};
-use lookout::Lookout;
+use lookout::{Lookout, Spans};
 
 /// The longest tag, in bytes.
 pub const MAX_TAG: usize = 36;
@@ -86,7 +86,7 @@ impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> Fs<F> {
     /// # Errors
     /// [`FsError`].
     pub fn with_lookout(tag: &str, served: F) -> Result<Self, FsError> {
-        Self::build(tag, served, Some(Lookout::new()))
+        Self::build(tag, served, Some(Lookout::new(Spans::default())))
     }
 
     fn build(tag: &str, served: F, lookout: Option<Lookout>) -> Result<Self, FsError> {

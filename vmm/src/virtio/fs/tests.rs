@@ -1,3 +1,5 @@
+mod lookout;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
@@ -547,57 +549,4 @@ fn a_device_that_was_reset_answers_nobody() {
     attendant.attend(REQUESTS).unwrap();
     assert_eq!(guest.driver.used(REQUESTS), None);
     attendant.attend(usize::MAX).unwrap();
-}
-
-#[test]
-fn the_devices_thread_looks_for_requests_that_nobody_tells_of() {
-    if sched_getaffinity(None).unwrap().count() < 2 {
-        eprintln!("there is no other processor to look on");
-        return;
-    }
-    let tree = tree();
-    let mut guest = Client::new(Fs::with_lookout("share", served(tree.path())).unwrap()).unwrap();
-    guest.begin().unwrap();
-    let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
-    let put = |driver: &mut Driver| driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]).head;
-    let Client { device, driver, .. } = &mut guest;
-    let desk = device.desk.clone();
-    let lookout = desk.lookout.as_ref().unwrap();
-    let Io { memory, queues, features, .. } = &driver.io;
-    let poller = Poller::new().unwrap();
-    let mut io = Io { memory: memory.clone(), queues: queues.clone(), features: *features, poller };
-    // On a busy machine requests may not come soon enough after each other, and the thread may have stopped looking.
-    let looked = (0..1000).any(|_| {
-        put(driver);
-        desk.attend(REQUESTS).unwrap();
-        while driver.used(REQUESTS).is_some() {}
-        if !driver.io.queues[REQUESTS].kick_descriptor().clear() {
-            return false;
-        }
-        thread::scope(|scope| {
-            let serve = || device.queue_ready(&mut io, REQUESTS).unwrap();
-            let thread = scope.spawn(|| in_role(Role::Device(Kind::FileSystem), serve));
-            while !lookout.looking() {
-                if thread.is_finished() {
-                    return false;
-                }
-                thread::yield_now();
-            }
-            let head = put(driver);
-            while !thread.is_finished() {
-                if let Some(used) = driver.used(REQUESTS) {
-                    assert_eq!(used, (head, 120));
-                    return true;
-                }
-                thread::yield_now();
-            }
-            false
-        })
-    });
-    assert!(looked);
-    // It looks no more, and wants to be told.
-    assert!(!lookout.looking());
-    put(driver);
-    desk.attend(REQUESTS).unwrap();
-    assert!(driver.used(REQUESTS).is_some());
 }
