@@ -39,8 +39,8 @@ fn put(driver: &mut Driver, request: &[u8]) -> u16 {
     driver.put(REQUESTS, &[Piece::Readable(request), Piece::Writable(256)]).head
 }
 
-/// Has the device's thread do what it is called for, and puts a request as soon as it looks. It looks no
-/// more once what is awaited has come. Whether the request was answered, and whether the thread ended by itself.
+/// Has the device's thread do what it is called for, and puts a request as soon as it looks. It looks no more once what is
+/// awaited has come. Whether the request was answered, and whether the thread ended by itself.
 fn asked_while_looking((guest, request): &mut (Guest, Vec<u8>), awaited: Awaited) -> (bool, bool) {
     let Client { device, driver, .. } = guest;
     let desk = device.desk.clone();
@@ -74,8 +74,11 @@ fn asked_while_looking((guest, request): &mut (Guest, Vec<u8>), awaited: Awaited
     })
 }
 
+/// What is waited for while the thread looks.
 enum Awaited {
+    /// An answer to the request.
     Answer,
+    /// That the thread ends by itself.
     End,
 }
 
