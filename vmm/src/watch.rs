@@ -56,6 +56,7 @@ impl Watch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::PageMap;
     use rustix::fs::{MemfdFlags, memfd_create};
     use std::io::Write as _;
     use vm_memory::{Bytes as _, FileOffset, MmapRegion, VolatileMemory as _};
@@ -63,13 +64,10 @@ mod tests {
     const PAGE: usize = 4096;
     const SIZE: usize = 64 * PAGE;
 
-    /// How many of its pages this process has mapped: all but those that `pagemap` says are not present.
+    /// How many of its pages this process has mapped.
     fn mapped(region: &MmapRegion) -> usize {
-        use std::os::unix::fs::FileExt as _;
-        let mut entries = [0; SIZE / PAGE * 8];
-        let first = region.as_ptr().addr() / PAGE * 8;
-        std::fs::File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, first as u64).unwrap();
-        entries.as_chunks().0.iter().filter(|&&entry| u64::from_ne_bytes(entry) >> 63 == 1).count()
+        let pages = PageMap::open().unwrap().pages(&region.as_volatile_slice()).unwrap();
+        pages.filter(|page| page.is_present()).count()
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod bus;
 mod elsewhere;
 pub mod memory;
 mod origin;
+mod pagemap;
 mod snapshot;
 mod vcpu;
 pub mod x86;
@@ -28,8 +29,9 @@ use crate::{Event, Memory};
 use bus::{Bus, Console, ConsoleLine, DEVICES, FIRST_INTERRUPT, MAX_DEVICES, Pin, SERIAL_INTERRUPT};
 use memory::{Block, Filling, MemoryError};
 use origin::Origin;
+pub use pagemap::PageMap;
 use snapshot::Saved;
-pub use snapshot::{PageMap, SnapshotError};
+pub use snapshot::SnapshotError;
 #[cfg(feature = "driver")]
 pub use snapshot::{saved_devices, state_file};
 use vcpu::Vcpus;

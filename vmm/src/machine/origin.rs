@@ -15,9 +15,8 @@ use std::ops::Range;
 use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryRegion as _, VolatileSlice};
 
 use super::memory::{self, Block, MemoryError, advise};
+use super::pagemap::PAGE;
 use crate::{Memory, Watch};
-
-const PAGE: usize = 4096;
 
 /// From how many unchanged pages on a block is replaced. The others come to the guest one by one, so few are not worth it.
 const WORTH: usize = 64;
@@ -266,10 +265,10 @@ fn put_in_place(from: &VolatileSlice<'_>, to: &VolatileSlice<'_>) -> io::Result<
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
-    use std::os::unix::fs::FileExt as _;
 
     use vm_memory::Bytes as _;
 
+    use super::super::pagemap::{Page, PageMap};
     use super::*;
 
     const SIZE: u64 = 3 * memory::BLOCK;
@@ -282,26 +281,19 @@ mod tests {
 
     /// How many bytes of it the host keeps for this process alone.
     fn private(memory: &Memory) -> u64 {
-        count(memory, |page| page & (PRESENT | OF_A_FILE) == PRESENT)
+        count(memory, |page| page.is_present() && !page.is_of_a_file())
     }
 
     /// How many bytes of it are mapped, a file's and others.
     fn mapped(memory: &Memory) -> u64 {
-        count(memory, |page| page & PRESENT != 0)
+        count(memory, Page::is_present)
     }
 
-    const PRESENT: u64 = 1 << 63;
-    const OF_A_FILE: u64 = 1 << 61;
-
-    /// Counts by what the host says of each page, Documentation/admin-guide/mm/pagemap.rst: unlike that of smaps(5), it is
-    /// not of what other tests have mapped beside it as well.
-    fn count(memory: &Memory, which: impl Fn(u64) -> bool) -> u64 {
-        let start = memory.get_host_address(GuestAddress(0)).unwrap().addr();
-        let mut pages = vec![0u8; SIZE as usize / PAGE * size_of::<u64>()];
-        let offset = start / PAGE * size_of::<u64>();
-        File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut pages, offset as u64).unwrap();
-        let (pages, _) = pages.as_chunks();
-        pages.iter().filter(|page| which(u64::from_ne_bytes(**page))).count() as u64 * PAGE as u64
+    /// Counts page by page: smaps(5) speaks of mappings, and what other tests have mapped beside it may be in one with it.
+    fn count(memory: &Memory, which: impl Fn(Page) -> bool) -> u64 {
+        let part = memory.get_slice(GuestAddress(0), SIZE as usize).unwrap();
+        let pages = PageMap::open().unwrap().pages(&part).unwrap();
+        pages.filter(|&page| which(page)).count() as u64 * PAGE as u64
     }
 
     #[test]

@@ -12,10 +12,11 @@ use std::os::unix::fs::FileExt as _;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use vm_memory::{Address as _, VolatileSlice};
+use vm_memory::Address as _;
 
 use super::memory::{BLOCK, Block, Content, Filling, Kept, PIECE, Pieces};
 use super::origin::Origin;
+use super::pagemap::{Page, PageMap};
 use super::x86::host::Host;
 use super::x86::state::{VcpuState, VmState};
 use super::{Flavour, MAX_VCPUS, memory};
@@ -34,7 +35,6 @@ const NO_MEMORY: &str = "its memory cannot be had";
 /// What is needed to boot, and never again; memory after it that a guest maps in small pages anyway.
 const FIRST: Block = Block(0);
 
-const PAGE: usize = 4096;
 static ZERO: [u8; PIECE] = [0; PIECE];
 
 /// A machine at rest, without its memory.
@@ -181,7 +181,7 @@ fn write_contents(
     let mut bytes = vec![0; BLOCK as usize];
     for block in Block::all(size) {
         let part = block.of(memory).ok_or(io::ErrorKind::InvalidInput)?;
-        if !trimmed.contains(&block) && !pages.any(&part)? {
+        if !trimmed.contains(&block) && !pages.pages(&part)?.any(Page::is_kept) {
             continue;
         }
         let bytes = &mut bytes[..part.len()];
@@ -238,32 +238,6 @@ pub(super) fn await_memory(filling: Filling) -> Result<(), SnapshotError> {
     filling.complete().map_err(|_| SnapshotError::Damaged(NO_MEMORY))
 }
 
-/// What this process has ever touched of its memory: `/proc/self/pagemap`. It is open only while it is needed, as it can
-/// tell where on the host the pages are.
-#[derive(Debug)]
-pub struct PageMap(File);
-
-impl PageMap {
-    /// Opens it.
-    ///
-    /// # Errors
-    /// Where there is no `/proc`.
-    pub fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
-    }
-
-    /// Whether any page of fresh memory is there, or swapped out: Documentation/admin-guide/mm/pagemap.rst.
-    fn any(&self, part: &VolatileSlice) -> io::Result<bool> {
-        const ENTRY: usize = size_of::<u64>();
-        const PRESENT_OR_SWAPPED: u64 = 0b11 << 62;
-        let first = part.ptr_guard().as_ptr().addr() / PAGE;
-        let mut entries = vec![0; part.len() / PAGE * ENTRY];
-        self.0.read_exact_at(&mut entries, (first * ENTRY) as u64)?;
-        let (entries, _) = entries.as_chunks();
-        Ok(entries.iter().any(|&entry| u64::from_ne_bytes(entry) & PRESENT_OR_SWAPPED != 0))
-    }
-}
-
 fn failed(step: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
     move |source| SnapshotError::File { step, source }
 }
@@ -272,6 +246,7 @@ fn failed(step: &'static str) -> impl FnOnce(io::Error) -> SnapshotError {
 mod tests {
     use super::*;
     use crate::machine::origin::Piece;
+    use crate::machine::pagemap::PAGE;
     use std::os::unix::fs::MetadataExt as _;
     use vm_memory::{Bytes as _, GuestAddress};
 
