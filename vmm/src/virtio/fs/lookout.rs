@@ -29,7 +29,7 @@ const RESTS: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(2)]
 
 /// How long is long.
 pub(super) struct Spans {
-    /// Requests that are no further from each other come together.
+    /// Requests that are closer to each other come together.
     pub(super) soon: Duration,
     /// The thread looks for so long where there is nothing.
     pub(super) patience: Duration,

@@ -14,12 +14,15 @@ use virtiofsd::passthrough::{Config, MigrationOnError, NegotiationMode, Passthro
 use vm_memory::ByteValued as _;
 
 use super::super::Poller;
-use super::super::driver::{Driver, Piece};
+use super::super::driver::{Driver, Piece, Request};
 use super::client::{Client, Opcode, ROOT, object};
 use super::desk::{BATCH, MAX_MESSAGE};
 use super::readers::{MAX_OPEN, MAY_READ_UNOPENED, UNOPENED};
 use super::*;
 use crate::confinement::{Role, in_role};
+
+/// How long the answer to a question for attributes is, in bytes.
+const ATTRIBUTES: u32 = 120;
 
 type Guest = Client<Fs<PassthroughFs>>;
 
@@ -53,6 +56,11 @@ fn guest(root: &Path) -> Guest {
     let mut guest = Client::new(device(root)).unwrap();
     guest.begin().unwrap();
     guest
+}
+
+/// Puts a request into its queue, with room for a short answer.
+fn put(driver: &mut Driver, request: &[u8]) -> Request {
+    driver.put(REQUESTS, &[Piece::Readable(request), Piece::Writable(256)])
 }
 
 /// How many descriptors of this process lead into the tree.
@@ -446,7 +454,7 @@ fn a_full_queue_is_served_in_batches() {
     let requests: Vec<_> = (0..3 * BATCH)
         .map(|_| {
             let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
-            guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)])
+            put(&mut guest.driver, &request)
         })
         .collect();
     let attendant = guest.device.attendant().unwrap();
@@ -460,7 +468,7 @@ fn a_full_queue_is_served_in_batches() {
             guest.device.queue_ready(&mut guest.driver.io, REQUESTS).unwrap();
         }
         for request in batch {
-            assert_eq!(guest.driver.used(REQUESTS), Some((request.head, 120)));
+            assert_eq!(guest.driver.used(REQUESTS), Some((request.head, ATTRIBUTES)));
         }
     }
 }
@@ -501,7 +509,7 @@ fn no_more_is_left_to_the_devices_thread_than_a_queue_holds() {
     let node = guest.find("folder/file").unwrap().node;
     let handle = guest.open(node, libc::O_RDWR).unwrap();
     let request = guest.compose(Opcode::Fsync as u32, node, &[&[handle, 0].map(u64::to_le_bytes).concat()]);
-    let put = guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]);
+    let put = put(&mut guest.driver, &request);
     let attendant = guest.device.attendant().unwrap();
     // The same one again and again, as no driver would.
     let mut attended = 0;
@@ -522,9 +530,7 @@ fn several_processors_are_served_at_once() {
     let tree = tree();
     let mut guest = guest(tree.path());
     let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
-    let mut expected: Vec<_> = (0..2 * EACH)
-        .map(|_| guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]).head)
-        .collect();
+    let mut expected: Vec<_> = (0..2 * EACH).map(|_| put(&mut guest.driver, &request).head).collect();
     let attendant = guest.device.attendant().unwrap();
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -532,7 +538,7 @@ fn several_processors_are_served_at_once() {
         }
     });
     let mut answered: Vec<_> = std::iter::from_fn(|| guest.driver.used(REQUESTS)).collect();
-    assert!(answered.iter().all(|&(_, written)| written == 120));
+    assert!(answered.iter().all(|&(_, written)| written == ATTRIBUTES));
     answered.sort_unstable();
     expected.sort_unstable();
     assert_eq!(answered.into_iter().map(|(head, _)| head).collect::<Vec<_>>(), expected);
@@ -543,7 +549,7 @@ fn a_device_that_was_reset_answers_nobody() {
     let tree = tree();
     let mut guest = guest(tree.path());
     let request = guest.compose(Opcode::Getattr as u32, ROOT, &[&[0; 16]]);
-    guest.driver.put(REQUESTS, &[Piece::Readable(&request), Piece::Writable(256)]);
+    put(&mut guest.driver, &request);
     let attendant = guest.device.attendant().unwrap();
     guest.device.reset();
     attendant.attend(REQUESTS).unwrap();

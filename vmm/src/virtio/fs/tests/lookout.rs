@@ -11,9 +11,6 @@ const UNDISTURBED: Spans = Spans { soon: LONG, patience: LONG, shift: LONG, take
 /// What takes so long never comes.
 const HANGS: Duration = Duration::from_secs(60);
 
-/// What a request is answered with, in bytes.
-const ANSWER: u32 = 120;
-
 /// A guest that asks until its device's thread is called to look for requests, and the request that it makes. None where
 /// there is no other processor to look on.
 fn asking(root: &Path, spans: Spans) -> Option<(Guest, Vec<u8>)> {
@@ -35,10 +32,6 @@ fn asking(root: &Path, spans: Spans) -> Option<(Guest, Vec<u8>)> {
     Some((guest, request))
 }
 
-fn put(driver: &mut Driver, request: &[u8]) -> u16 {
-    driver.put(REQUESTS, &[Piece::Readable(request), Piece::Writable(256)]).head
-}
-
 /// Has the device's thread do what it is called for, and puts a request as soon as it looks. It looks no more once what is
 /// awaited has come. Whether the request was answered, and whether the thread ended by itself.
 fn asked_while_looking((guest, request): &mut (Guest, Vec<u8>), awaited: Awaited) -> (bool, bool) {
@@ -58,11 +51,11 @@ fn asked_while_looking((guest, request): &mut (Guest, Vec<u8>), awaited: Awaited
             }
         };
         comes(&mut || lookout.looking() || thread.is_finished());
-        let head = put(driver, request);
+        let head = put(driver, request).head;
         let mut used = None;
         let mut answered = || {
             used = used.or_else(|| driver.used(REQUESTS));
-            used == Some((head, ANSWER))
+            used == Some((head, ATTRIBUTES))
         };
         match awaited {
             Awaited::Answer => comes(&mut answered),
